@@ -1,0 +1,893 @@
+"""OmniMAE: one Vision Transformer, pretrained by masked autoencoding on images and videos.
+
+Girdhar, El-Nouby, Singh, Alwala, Joulin, Misra, CVPR 2023, https://arxiv.org/abs/2206.08356
+
+The method on one screen. B batch, T frames, H W pixels, N patches, V visible, M masked (V + M = N),
+P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a clip (an image).
+
+    x          (B, 3, T, H, W)  ImageNet-normalised; an image is a video of one frame, repeated
+      |                         to fill a patch                     16 x 224 x 224  (1 x 224 x 224)
+    patches    (B, N, P)        2 x 16 x 16 pixels x 3 channels     1568 x 1536     (196 x 1536)
+      |  random mask            hides 95 % of a clip's patches      V = 79          (20)
+      |                         and 90 % of an image's
+    visible    (B, V, P)        the encoder sees only these: this is what makes it cheap
+      |  linear, + position
+      |  12 blocks, norm        a plain ViT: no class token, fixed sine/cosine positions
+    tokens     (B, V, D)        D = 768
+      |  + mask tokens          [visible, masked], in that order, each with its position added
+      |  linear
+      |  4 blocks, norm         a small decoder over all N
+    tokens     (B, N, D')       D' = 384
+      |  last M, linear
+    pred       (B, M, P)        pixels of the masked patches, each patch and channel normalised
+                                to mean 0, variance 1; loss: mean squared error
+
+After pretraining the decoder is thrown away; `Classifier` runs the encoder on all patches.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import tempfile
+import urllib.error
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
+from torch.utils.checkpoint import checkpoint
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.utils import make_grid
+
+# ------------------------------------------------------------------------------------------------
+# The sizes (paper, section 4, and the released checkpoints)
+
+
+@dataclass(frozen=True)
+class OmniMAEConfig:
+    """The sizes of a model. The defaults are ViT-B/16."""
+
+    image_size: int = 224  # pixels, height and width
+    num_frames: int = 16  # of a clip
+    patch_size: tuple[int, int, int] = (2, 16, 16)  # frames, pixels, pixels
+    dim: int = 768  # D
+    depth: int = 12
+    heads: int = 12
+    decoder_dim: int = 384  # D'
+    decoder_depth: int = 4
+    decoder_heads: int = 16
+    decoder_qkv_bias: bool = False  # as in the released checkpoints; the released recipe says True
+    image_mask_ratio: float = 0.90
+    video_mask_ratio: float = 0.95
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """A clip's patches in time, height and width; an image has one slot in time."""
+        t, h, w = self.patch_size
+        return self.num_frames // t, self.image_size // h, self.image_size // w
+
+    @property
+    def patch_values(self) -> int:
+        """P, values in a patch."""
+        return 3 * math.prod(self.patch_size)
+
+
+MODELS = {
+    "vit_b": OmniMAEConfig(),
+    "vit_l": OmniMAEConfig(dim=1024, depth=24, heads=16, decoder_dim=512),
+    "vit_h": OmniMAEConfig(
+        patch_size=(2, 14, 14), dim=1280, depth=32, heads=16, decoder_dim=512, decoder_depth=8
+    ),
+    # not of the paper: small enough to pretrain on a laptop's CPU in minutes
+    "demo": OmniMAEConfig(
+        image_size=64, num_frames=8, patch_size=(2, 8, 8), dim=128, depth=4, heads=4,
+        decoder_dim=64, decoder_depth=2, decoder_heads=4,
+        image_mask_ratio=0.75, video_mask_ratio=0.90,
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------
+# Pixels, patches and their positions
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, for both kinds
+STD = torch.tensor([0.229, 0.224, 0.225])
+
+
+def normalize(x: torch.Tensor) -> torch.Tensor:
+    """uint8, or floats in [0, 1], (B, 3, ...) -> ImageNet-normalised floats of the same shape."""
+    mean, std = (
+        values.to(x.device, non_blocking=True).view(3, *[1] * (x.ndim - 2)) for values in (MEAN, STD)
+    )
+    x = x / 255 if x.dtype == torch.uint8 else x
+    return (x - mean) / std
+
+
+def to_patches(x: torch.Tensor, cfg: OmniMAEConfig) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """(B, 3, H, W) or (B, 3, T, H, W) -> patches (B, N, P), and how many in time, height and width.
+
+    An image is a video of one frame, which is repeated to fill a patch. It may have any size that
+    the patch divides; a clip only the model's own, because one table holds its positions.
+    ValueError for anything else.
+    """
+    t, h, w = cfg.patch_size
+    clip = (cfg.num_frames, cfg.image_size, cfg.image_size)
+    wanted = f"expected ImageNet-normalised floats, images (B, 3, H, W) or clips (B, 3, {clip[0]}, {clip[1]}, {clip[2]})"  # fmt: skip
+    if not x.is_floating_point():
+        raise ValueError(f"got {x.dtype}; {wanted}: omnimae.normalize() makes them from uint8")
+    if x.ndim not in (4, 5) or x.shape[1] != 3 or 0 in x.shape:
+        raise ValueError(f"got shape {tuple(x.shape)}; {wanted}")
+    if x.shape[-2] % h or x.shape[-1] % w:
+        raise ValueError(f"got {x.shape[-2]} x {x.shape[-1]} pixels: not whole {h} x {w} patches")
+    x = x.unsqueeze(2) if x.ndim == 4 else x  # (B, 3, T, H, W)
+    if x.shape[2] == 1:
+        x = x.expand(-1, -1, t, -1, -1)  # (B, 3, t, H, W)
+    elif tuple(x.shape[2:]) != clip:
+        raise ValueError(f"got clips of {' x '.join(map(str, x.shape[2:]))}; {wanted}")
+    return patchify(x, cfg.patch_size), (x.shape[2] // t, x.shape[3] // h, x.shape[4] // w)
+
+
+def patchify(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
+    """(B, 3, T, H, W) -> (B, N, P): patches in raster order, values in (t, h, w, channel) order."""
+    t, h, w = patch_size
+    x = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))  # B 3 T/t t H/h h W/w w
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, N, P)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: tuple, grid: tuple) -> torch.Tensor:
+    """The inverse of `patchify`: (B, N, P) -> (B, 3, T, H, W), for `grid` patches in T, H and W."""
+    x = patches.unflatten(2, (*patch_size, 3)).unflatten(1, grid)  # B T/t H/h W/w t h w 3
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
+def target_pixels(patches: torch.Tensor) -> torch.Tensor:
+    """Undo the normalisation of the input: targets are pixels in [0, 1]. (B, N, P)"""
+    mean, std = (values.to(patches.device, non_blocking=True) for values in (MEAN, STD))
+    return (patches.unflatten(2, (-1, 3)) * std + mean).flatten(2)  # the channel is last
+
+
+def normalize_patches(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Patches with mean 0 and variance 1 in each patch and channel, and those means and deviations
+    (variance with n - 1): each (B, N, P)."""
+    values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
+    var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
+    std = (var + 1e-6).sqrt()
+    parts = (values - mean) / std, mean.expand_as(values), std.expand_as(values)
+    return tuple(part.flatten(2) for part in parts)
+
+
+def sincos_positions(num: int, dim: int) -> torch.Tensor:
+    """The fixed table (num, dim): sines in even and cosines in odd columns, over the raster index."""
+    angle = np.arange(num)[:, None] / 10000 ** (np.arange(dim) // 2 * 2 / dim)  # (num, dim)
+    table = np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle))
+    return torch.from_numpy(table).float()
+
+
+def positions_for(table: torch.Tensor, grid: tuple, cfg: OmniMAEConfig) -> torch.Tensor:
+    """The rows (N, D) of a clip's table for `grid`: an image takes the first slot in time,
+    bicubically interpolated when its size is not the model's."""
+    if grid == cfg.grid:
+        return table
+    _, h, w = cfg.grid
+    slot = table[: h * w]
+    if grid[1:] == (h, w):
+        return slot
+    slot = slot.T.reshape(1, -1, h, w)  # (1, D, h, w)
+    return F.interpolate(slot, size=grid[1:], mode="bicubic").flatten(2)[0].T  # (N, D)
+
+
+# ------------------------------------------------------------------------------------------------
+# Masking (paper, section 3; the kinds are compared in its ablations)
+
+
+def random_mask(
+    batch: int,
+    grid: tuple[int, int, int],
+    ratio: float,
+    kind: str = "random",
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """bool (B, N), True = masked: int(ratio * N) patches of each sample, drawn uniformly.
+
+    "random" draws over time and space at once; "tube" draws once over space and repeats that over
+    time, so it masks T/t * int(ratio * H/h * W/w) patches.
+    """
+    if kind not in ("random", "tube"):
+        raise ValueError(f"masking {kind!r}: expected 'random' or 'tube'")
+    repeats = grid[0] if kind == "tube" else 1
+    num = math.prod(grid) // repeats
+    masked = int(ratio * num)
+    if not 0 < masked < num:
+        raise ValueError(f"a mask ratio of {ratio} masks {masked} of {num} patches: expected some")
+    order = torch.rand(batch, num, generator=generator).argsort(1)
+    mask = torch.zeros(batch, num, dtype=torch.bool).scatter_(1, order[:, :masked], True)
+    return mask.repeat(1, repeats)
+
+
+def split_mask(mask: torch.Tensor, batch: int, num: int) -> tuple[torch.Tensor, ...]:
+    """A mask -> visible (B, V) and masked (B, M) indices in raster order, and bool (B, N).
+
+    `mask` is bool (B, N), True = masked; or the int64 visible indices (B, V), which is what the
+    loader sends, because V must be known without waiting for the device.
+    """
+    if mask.dtype == torch.bool:
+        if mask.shape != (batch, num):
+            raise ValueError(f"got a mask of shape {tuple(mask.shape)}, expected {(batch, num)}")
+        counts = set((~mask).sum(1).tolist())
+        if len(counts) > 1 or counts & {0, num}:
+            raise ValueError(
+                f"got masks that leave {sorted(counts)} of {num} patches visible: "
+                "expected as many in each row, at least one and not all"
+            )
+        visible_num = counts.pop()
+    elif mask.dtype == torch.int64 and mask.ndim == 2 and len(mask) == batch:
+        visible_num = mask.shape[1]
+        mask = torch.ones(batch, num, dtype=torch.bool, device=mask.device).scatter(1, mask, False)
+    else:
+        raise ValueError(
+            f"got a mask of {mask.dtype} {tuple(mask.shape)}: expected bool {(batch, num)}, "
+            f"True = masked, or the visible patches' int64 indices ({batch}, V)"
+        )
+    order = mask.byte().argsort(dim=1, stable=True)
+    return order[:, :visible_num], order[:, visible_num:], mask
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of each sample: (B, N, D), (B, K) -> (B, K, D)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+# ------------------------------------------------------------------------------------------------
+# The transformer: a plain pre-norm ViT
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads); never holds N x N
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
+    """Stochastic depth: leaves out a residual branch for some samples, and scales up the others."""
+    keep = torch.full((len(x), 1, 1), 1 - rate, dtype=x.dtype, device=x.device).bernoulli_()
+    return x * keep / (1 - rate)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+        self.drop_path = drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rate = self.drop_path if self.training else 0.0
+        drop = (lambda branch: drop_path(branch, rate)) if rate else (lambda branch: branch)
+        x = x + drop(self.attn(self.norm1(x)))
+        return x + drop(self.mlp(self.norm2(x)))
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other. With `checkpointing` set, activations are not kept but computed
+    again in the backward pass: a third more work for a fraction of the memory."""
+
+    checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier uniform for linear layers, the flattened patch embedding among them; zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------------------
+# The models (paper, section 3)
+
+
+class Encoder(nn.Module):
+    """Visible patches (or all of them) -> tokens, not yet normed.
+
+    The patch embedding is a linear layer on flattened patches: a convolution whose kernel equals
+    its stride, computed only where something is visible.
+    """
+
+    def __init__(self, cfg: OmniMAEConfig, drop_path: float = 0.0):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = nn.Linear(cfg.patch_values, cfg.dim)
+        self.register_buffer("pos_embed", sincos_positions(math.prod(cfg.grid), cfg.dim))
+        rates = np.linspace(0, drop_path, cfg.depth).tolist()  # grows linearly over the blocks
+        self.blocks = Blocks(Block(cfg.dim, cfg.heads, drop_path=rate) for rate in rates)
+
+    def forward(self, patches: torch.Tensor, grid: tuple, visible: torch.Tensor | None = None):
+        """(B, N, P) and the visible indices (B, V), default all -> (B, V, D)."""
+        positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
+        if visible is not None:
+            patches, positions = take(patches, visible), positions[visible]  # (B, V, P), (B, V, D)
+        return self.blocks(self.patch_embed(patches) + positions)
+
+
+class Decoder(nn.Module):
+    """Normed tokens of the visible patches -> pixels of the masked ones.
+
+    Attention does not care about order, so [visible, masked] is never shuffled back into the
+    raster: each token carries its position. Mask token and positions are of encoder width.
+    """
+
+    def __init__(self, cfg: OmniMAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.mask_token = nn.Parameter(torch.zeros(1, cfg.dim))
+        self.register_buffer("pos_embed", sincos_positions(math.prod(cfg.grid), cfg.dim))
+        self.embed = nn.Linear(cfg.dim, cfg.decoder_dim)
+        self.blocks = Blocks(
+            Block(cfg.decoder_dim, cfg.decoder_heads, cfg.decoder_qkv_bias)
+            for _ in range(cfg.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(cfg.decoder_dim, eps=1e-6)
+        self.head = nn.Linear(cfg.decoder_dim, cfg.patch_values)
+
+    def forward(self, x: torch.Tensor, grid: tuple, visible: torch.Tensor, masked: torch.Tensor):
+        """(B, V, D) and both kinds of indices -> (B, M, P)."""
+        positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
+        x = self.embed(x + positions[visible])  # (B, V, D')
+        hidden = self.embed(self.mask_token + positions)  # (N, D'), the same for every sample
+        x = torch.cat([x, F.embedding(masked, hidden)], dim=1)  # (B, N, D')
+        x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
+        return self.head(self.norm(x))  # (B, M, P)
+
+
+class OmniMAE(nn.Module):
+    """The masked autoencoder: what is pretrained."""
+
+    def __init__(self, cfg: OmniMAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.decoder = Decoder(cfg)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.decoder.head.weight, std=0.02)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss, the prediction and the mask.
+
+        x: (B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised. mask: bool (B, N), True = masked,
+        as many in each row; or the visible patches' indices (B, V), which need no host sync;
+        default: random at the model's ratio. Returns the loss (scalar), pred (B, M, P): the
+        masked patches in raster order, values in (t, h, w, channel) order, and the bool mask.
+        """
+        patches, grid = to_patches(x, self.cfg)  # (B, N, P)
+        if mask is None:
+            cfg = self.cfg
+            ratio = cfg.image_mask_ratio if grid[0] == 1 else cfg.video_mask_ratio
+            mask = random_mask(len(x), grid, ratio).to(x.device)
+        visible, masked, mask = split_mask(mask, *patches.shape[:2])
+        tokens = self.norm(self.encoder(patches, grid, visible))  # (B, V, D)
+        pred = self.decoder(tokens, grid, visible, masked).float()  # (B, M, P)
+        target, _, _ = normalize_patches(target_pixels(take(patches, masked).float()))  # (B, M, P)
+        return F.mse_loss(pred, target), pred, mask
+
+    @torch.no_grad()
+    def reconstruct(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Pixels in [0, 1], (B, 3, T, H, W), T = 1 for images: visible patches as they are, masked
+        ones predicted and un-normalised with the true patch's mean and deviation.
+
+        The model predicts normalised patches, so it does not say how bright a patch is. Of an
+        image's frame, which fills a patch in time, the repeated predictions are averaged.
+        """
+        _, pred, mask = self(x, mask)
+        patches, grid = to_patches(x, self.cfg)
+        pixels = target_pixels(patches.float())  # (B, N, P)
+        _, masked, _ = split_mask(mask, *patches.shape[:2])
+        _, mean, std = normalize_patches(take(pixels, masked))  # (B, M, P)
+        pixels = pixels.scatter(1, masked[..., None].expand_as(pred), pred * std + mean)
+        video = unpatchify(pixels, self.cfg.patch_size, grid).clamp(0, 1)  # (B, 3, T, H, W)
+        return video.mean(2, keepdim=True) if grid[0] == 1 else video
+
+
+class Classifier(nn.Module):
+    """The encoder with a linear head: what is finetuned. Mean over the patches first, then norm."""
+
+    def __init__(
+        self,
+        cfg: OmniMAEConfig,
+        num_classes: int,
+        drop_path: float = 0.0,
+        classes: list[str] | None = None,
+    ):
+        super().__init__()
+        self.cfg = cfg
+        self.classes = classes  # their names, where known
+        self.encoder = Encoder(cfg, drop_path)
+        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.head = nn.Linear(cfg.dim, num_classes)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised -> (B, N, D), before pooling."""
+        return self.encoder(*to_patches(x, self.cfg))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised -> logits (B, num_classes)."""
+        return self.head(self.norm(self.features(x).mean(1)))
+
+
+def draw_reconstruction(model: OmniMAE, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One normalised image (3, H, W) or clip (3, T, H, W), mask bool (N,) -> a picture, uint8
+    (3, height, width): original | what the encoder sees | reconstruction; a clip's are rows of frames.
+    """
+    x = x[None]
+    patches, grid = to_patches(x, model.cfg)
+    seen = target_pixels(patches).masked_fill(mask[None, :, None], 0.5)
+    panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (target_pixels(patches), seen)]
+    panels.append(model.reconstruct(x, mask[None]))
+    frames = [panel[0, :, : 1 if grid[0] == 1 else None].movedim(1, 0) for panel in panels]  # T 3 H W
+    picture = make_grid(torch.cat(frames).cpu(), nrow=max(3, len(frames[0])), pad_value=1.0)
+    return (picture * 255).round().byte()
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints: the nine released ones (CC-BY-NC 4.0) and this project's own
+
+_URL = "https://dl.fbaipublicfiles.com/omnivore/omnimae_ckpts/"
+CHECKPOINTS = {
+    f"vit_{size}_{kind}": f"{_URL}vit{size}_{file}.torch"
+    for size in "blh"
+    for kind, file in (("pretrain", "pretrain"), ("in1k", "in1k_ft"), ("ssv2", "ssv2_ft"))
+}
+
+
+def convert_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A released state dict's keys and shapes -> this project's.
+
+    Takes the nine released files, and what the released trainer saves, which has the head under
+    `heads.0.` with one more level. A key of neither is kept, so that strict loading names it.
+    """
+    pretrain = any(key.startswith("trunk.decoder.") for key in state)
+    head = "decoder.head." if pretrain else "head."
+    renames = (
+        ("trunk.mask_token", "decoder.mask_token"),
+        ("trunk.patch_embed.proj.1.", "encoder.patch_embed."),
+        ("trunk.pos_embed", "encoder.pos_embed"),
+        ("trunk.blocks.", "encoder.blocks."),
+        ("trunk.norm.", "norm."),
+        ("trunk.decoder.decoder_embed.", "decoder.embed."),
+        ("trunk.decoder.decoder_blocks.", "decoder.blocks."),
+        ("trunk.decoder.", "decoder."),
+        ("heads.0.projector.", head),
+        ("heads.0.0.", head),
+        ("heads.0.", head),
+        ("head.", head),
+    )
+    converted = {}
+    for key, value in state.items():
+        old, new = next((pair for pair in renames if key.startswith(pair[0])), ("", ""))
+        key = new + key.removeprefix(old)
+        if key.endswith("pos_embed") and value.ndim == 3:
+            value = value[0]  # (1, N, D) -> (N, D)
+        if key == "encoder.patch_embed.weight" and value.ndim == 5:
+            value = value.permute(0, 2, 3, 4, 1).flatten(1)  # (D, 3, t, h, w) -> (D, P)
+        converted[key] = value
+    return converted
+
+
+def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
+    """A model in eval mode on the CPU: OmniMAE or Classifier, by what the file holds.
+
+    `name` is a released checkpoint's ("vit_b_ssv2"; see CHECKPOINTS), a URL (both are downloaded
+    once, to torch.hub's cache), or the path of a released file or one of this project's.
+    ValueError or OSError, in one sentence, for what cannot be found, read or fitted.
+    """
+    path = _fetch(str(name))
+    file = read_checkpoint(path)
+    if "config" in file:
+        cfg, state = OmniMAEConfig(**file["config"]), file["model"]
+    else:
+        state = convert_released(file.get("model", file))
+        if "encoder.patch_embed.weight" not in state:
+            raise ValueError(f"{path}: not an OmniMAE checkpoint: it has no patch embedding")
+        cfg = _released_config(path, state)
+    with torch.device("meta"):  # no memory, no initialisation: the file's tensors take the place
+        if "decoder.mask_token" in state:
+            model = OmniMAE(cfg)
+        else:
+            num_classes = len(state.get("head.bias", ()))
+            model = Classifier(cfg, num_classes, classes=file.get("classes"))
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    for key in sorted(expected.keys() | state.keys()):
+        got = tuple(state[key].shape) if key in state else "missing"
+        want = tuple(expected[key]) if key in expected else "no such tensor"
+        if got != want:
+            raise ValueError(f"{path}: does not fit: {key} is {got}, expected {want}")
+    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    return model.requires_grad_().eval()
+
+
+def _fetch(name: str) -> Path:
+    """A checkpoint's path, downloaded first where `name` is a released one's or a URL."""
+    if Path(name).exists():
+        return Path(name)
+    url = CHECKPOINTS.get(name, name)
+    if "://" not in url:
+        known = ", ".join(CHECKPOINTS)
+        raise ValueError(f"{name}: no such file, and not a released checkpoint ({known})")
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))  # to a temporary file, then renamed
+        except (urllib.error.URLError, OSError) as error:
+            raise ValueError(f"{name}: cannot download {url} to {path}: {error}") from error
+    return path
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """What torch.save wrote, tensors and plain values only: code in a file is never run."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: not a checkpoint of tensors only; it is damaged, or it would run code, "
+            "which is refused"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from error
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: not a checkpoint: it holds a {type(file).__name__}, not a dict")
+    return file
+
+
+def _released_config(path: Path, state: dict[str, torch.Tensor]) -> OmniMAEConfig:
+    """The size of a released model, read from its tensors."""
+    dim, values = state["encoder.patch_embed.weight"].shape
+    depth = len({key.split(".")[2] for key in state if key.startswith("encoder.blocks.")})
+    for cfg in MODELS.values():
+        if (cfg.dim, cfg.patch_values, cfg.depth) == (dim, values, depth):
+            return replace(cfg, decoder_qkv_bias="decoder.blocks.0.attn.qkv.bias" in state)
+    raise ValueError(
+        f"{path}: width {dim}, depth {depth}, {values} values in a patch: none of {list(MODELS)}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Media: data sets as people download them, images and clips
+
+CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
+
+SUFFIXES = {
+    "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
+    "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
+}
+
+
+class Listing(NamedTuple):
+    """The files of a data set; labels and class names where the layout has them."""
+
+    paths: list[str]
+    labels: list[int] | None
+    classes: list[str] | None
+
+
+def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> Listing:
+    """The "images" or "videos" of a data set's "train" or "val" part, in a fixed order.
+
+    Layouts: ImageNet (train/<class>/*, val/<class>/*), SSv2 (20bn-something-something-v2/*.webm
+    and labels/*.json), any folder of class folders, a flat folder. ValueError says what is wrong.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {what}: expected a folder of {kind}")
+    if kind == "videos" and (root / "labels" / "labels.json").exists():
+        return _list_ssv2(root, "train" if split == "train" else "validation")
+    parts = ("train",) if split == "train" else ("val", "validation")
+    part = next((root / name for name in parts if (root / name).is_dir()), root)
+    if part is root and split != "train":
+        raise ValueError(f"{root}: has no folder {' or '.join(parts)}")
+
+    def files(folder):
+        return sorted(
+            entry.path
+            for entry in os.scandir(folder)
+            if entry.name.lower().endswith(SUFFIXES[kind]) and not entry.name.startswith(".")
+        )
+
+    folders = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
+    inside = {name: found for name in folders if (found := files(part / name))}
+    if inside:
+        labels = [label for label, found in enumerate(inside.values()) for _ in found]
+        return Listing([path for found in inside.values() for path in found], labels, list(inside))
+    if not (flat := files(part)):
+        raise ValueError(
+            f"{part}: no {kind} found: expected <class>/<file> or files that end in "
+            f"{' '.join(SUFFIXES[kind])}"
+        )
+    return Listing(flat, None, None)
+
+
+def _list_ssv2(root: Path, split: str) -> Listing:
+    folder = root / "20bn-something-something-v2"
+    index = {name: int(i) for name, i in json.loads((root / "labels/labels.json").read_text()).items()}
+    samples = json.loads((root / f"labels/{split}.json").read_text())
+    try:
+        names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
+        labels = [index[name] for name in names]
+    except KeyError as error:
+        raise ValueError(f"{root}/labels/{split}.json: labels.json has no {error}") from error
+    paths = [str(folder / f"{sample['id']}.webm") for sample in samples]
+    return Listing(paths, labels, sorted(index, key=index.get))
+
+
+@contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever a broken file makes a decoder say becomes a ValueError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: cannot be read: {reason}") from error
+
+
+def read_image(path: str | os.PathLike) -> torch.Tensor:
+    """uint8 (3, H, W), always RGB: grey, CMYK and 16 bit converted, alpha dropped, EXIF orientation
+    left as stored, of an animation the first frame. ValueError names a file that cannot be read."""
+    with _reading(path):
+        data = Path(path).read_bytes()
+        with PIL.Image.open(io.BytesIO(data)) as header:  # refuses sizes that no memory holds
+            known = header.format in ("JPEG", "PNG", "WEBP", "GIF")
+            if not known:  # what torchvision does not decode
+                return torch.from_numpy(np.array(header.convert("RGB"))).permute(2, 0, 1)
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        image = image[0] if image.ndim == 4 else image
+        return image if image.dtype == torch.uint8 else (image.int() // 257).byte()  # 16 bit
+
+
+class Video:
+    """An open video file: its duration in seconds, and clips from it. Close it, or use `with`."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        self.rgb = VideoReformatter()  # kept: making one costs more than using it
+        with _reading(path):
+            self.container = av.open(str(path))
+            try:
+                if not self.container.streams.video:
+                    raise ValueError("it has no video stream")
+                self.stream = self.container.streams.video[0]
+                self.stream.codec_context.thread_count = 1  # a loader's workers are the threads
+                self.first = self.stream.start_time or 0
+                self.duration = float(self._length() * self.stream.time_base)
+            except BaseException:
+                self.close()
+                raise
+
+    def _length(self) -> int:
+        """The stream's own duration, or the last frame's timestamp where it has none (.webm), from
+        the packets, without decoding."""
+        if self.stream.duration is not None:
+            return self.stream.duration
+        times = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
+        if not times:
+            raise ValueError("its frames have no timestamps")
+        return max(times) - self.first
+
+    def clip(self, start: float, duration: float, num_frames: int) -> torch.Tensor:
+        """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds from
+        the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
+        with _reading(self.path):
+            frames = list(self._window(start, start + duration))
+            if not frames:
+                raise ValueError(f"no frame between {start:.3f} and {start + duration:.3f} s")
+            index = np.linspace(0, len(frames) - 1, num_frames).astype(int)
+            size = {"width": frames[0].width, "height": frames[0].height, "threads": 1}
+            pixels = {  # only of the frames that are kept
+                i: self.rgb.reformat(frames[i], format="rgb24", **size).to_ndarray()
+                for i in set(index.tolist())
+            }
+            clip = torch.from_numpy(np.stack([pixels[i] for i in index.tolist()]))  # (T, H, W, 3)
+            return clip.permute(0, 3, 1, 2)
+
+    def _window(self, start: float, end: float) -> Iterator[av.VideoFrame]:
+        """Decode from the keyframe before `start` to `end`. Where frames are not stored in the order
+        they are shown, a seek can land behind `start`: then again, from further back."""
+        base = self.stream.time_base
+        for back in (0, 1, 10, math.inf):  # seconds
+            target = max(self.first, self.first + int((start - back) / base)) if back < math.inf else self.first
+            self.container.seek(target, stream=self.stream)
+            frames = self.container.decode(self.stream)
+            frame = next(frames, None)
+            if target == self.first or (frame is not None and self._time(frame) <= start):
+                break
+        while frame is not None and self._time(frame) < end:
+            if self._time(frame) >= start:
+                yield frame
+            frame = next(frames, None)
+
+    def _time(self, frame: av.VideoFrame) -> float:
+        if frame.pts is None:
+            raise ValueError("its frames have no timestamps")
+        return float((frame.pts - self.first) * self.stream.time_base)
+
+    def close(self) -> None:
+        self.container.close()
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def read_clip(
+    path: str | os.PathLike, start: float, duration: float, num_frames: int
+) -> torch.Tensor:
+    """uint8 (T, 3, H, W): `num_frames` of the frames from `start` for `duration` seconds, as
+    `Video.clip` chooses them. ValueError names a file that cannot be read."""
+    with Video(path) as video:
+        return video.clip(start, duration, num_frames)
+
+
+# ------------------------------------------------------------------------------------------------
+# The demo data set: small, but real files in the layouts of ImageNet and SSv2
+
+# A shape is where its function of x and y (right and down, both about -1 to 1) is under 1.
+SHAPES = {
+    "circle": lambda x, y: np.hypot(x, y) * 1.1,
+    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) * 3.2, np.maximum(abs(x), abs(y))),
+    "diamond": lambda x, y: abs(x) + abs(y),
+    "half": lambda x, y: np.maximum(np.hypot(x, y + 0.45), 1 - 2 * (y + 0.45)),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.7) * 4,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) * 1.25,
+    "star": lambda x, y: np.hypot(x, y) / (0.65 + 0.35 * np.cos(5 * np.arctan2(x, -y))),
+    "triangle": lambda x, y: np.maximum(y + 0.4, 1.5 * abs(x) - y) * 1.05,
+}
+# A motion is what changes from the first frame to the last: x, y, size and angle.
+MOTIONS = {
+    "Growing [something]": (0, 0, 1, 0),
+    "Moving [something] down": (0, 1, 0, 0),
+    "Moving [something] to the left": (-1, 0, 0, 0),
+    "Moving [something] to the right": (1, 0, 0, 0),
+    "Moving [something] up": (0, -1, 0, 0),
+    "Shrinking [something]": (0, 0, -1, 0),
+    "Turning [something] clockwise": (0, 0, 0, 1),
+    "Turning [something] counterclockwise": (0, 0, 0, -1),
+}
+
+
+def write_clip(path: str | os.PathLike, frames: np.ndarray, rate: int = 12) -> None:
+    """Frames (T, H, W, 3) uint8 -> a VP9 .webm (or, for .mp4, H.264) file."""
+    codec, options = ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"})
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.bit_rate, stream.codec_context.thread_count = 500_000, 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _draw(rng, shape: str, num_frames: int = 1, motion=(0, 0, 0, 0), angle: float = 0.0):
+    """One large shape on a smooth background, each a gradient of two colours: (T, 72, 96, 3) uint8."""
+    height, width = 72, 96
+    y, x = np.mgrid[:height, :width] - np.array([height / 2, width / 2])[:, None, None]
+    at = np.linspace(-0.5, 0.5, num_frames)[:, None, None] if num_frames > 1 else np.zeros((1, 1, 1))
+    x0 = rng.uniform(-14, 14) + 32 * motion[0] * at
+    y0 = rng.uniform(-8, 8) + 26 * motion[1] * at
+    size = rng.uniform(20, 28) * np.exp(motion[2] * at)
+    turn = angle + 2.4 * motion[3] * at
+    u = (np.cos(turn) * (x - x0) + np.sin(turn) * (y - y0)) / size
+    v = (np.cos(turn) * (y - y0) - np.sin(turn) * (x - x0)) / size
+    inside = np.clip((1 - SHAPES[shape](u, v)) * size / 2 + 0.5, 0, 1)[..., None]  # soft edge
+
+    def gradient(start, stop):  # in a random direction
+        way = rng.uniform(0, 2 * np.pi)
+        along = 0.5 + (np.cos(way) * x + np.sin(way) * y)[..., None] / width
+        return start + (stop - start) * along
+
+    back = gradient(rng.uniform(0, 60, 3), rng.uniform(195, 255, 3))  # grey, dark to bright
+    colour = rng.permutation([30, 230, rng.uniform(30, 230)])
+    front = gradient(1.3 * colour, 0.3 * colour)
+    return (back + (front - back) * inside).clip(0, 255).astype(np.uint8)
+
+
+def write_demo_data(
+    root: str | os.PathLike, images: int = 3200, videos: int = 1600, val_images: int = 400, val_videos: int = 160
+) -> Path:
+    """Write the demo data set to a new folder: the same files every time, complete or not at all.
+
+    root/images: JPEGs in ImageNet's layout, the class is the shape. root/videos: VP9 .webm, 12
+    frames a second, 2 to 4 s, in SSv2's layout; the class is the motion, which no one frame tells.
+    """
+    root = Path(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    shapes, motions = list(SHAPES), list(MOTIONS)
+
+    def write_image(split, i):
+        rng, shape = np.random.default_rng([0, split == "val", i]), shapes[i % len(shapes)]
+        path = work / "images" / split / shape / f"{shape}_{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(_draw(rng, shape)[0]).save(path, quality=95)
+
+    def write_video(i):
+        rng = np.random.default_rng([1, i])
+        frames = _draw(
+            rng,
+            shape=("half", "star", "triangle", "square")[rng.integers(4)],  # whose turning shows
+            num_frames=int(rng.integers(24, 49)),
+            motion=MOTIONS[motions[i % len(motions)]],
+            angle=rng.uniform(0, 2 * np.pi),
+        )
+        write_clip(work / "videos" / "20bn-something-something-v2" / f"{i + 1}.webm", frames)
+
+    def samples(numbers):
+        for i in numbers:
+            template = motions[i % len(motions)]
+            label = template.replace("[", "").replace("]", "")
+            yield {"id": str(i + 1), "label": label, "template": template, "placeholders": []}
+
+    try:
+        (work / "videos" / "20bn-something-something-v2").mkdir(parents=True)
+        (work / "videos" / "labels").mkdir()
+        for name, content in {
+            "labels": {t.replace("[", "").replace("]", ""): str(i) for i, t in enumerate(motions)},
+            "train": list(samples(range(videos))),
+            "validation": list(samples(range(videos, videos + val_videos))),
+        }.items():
+            (work / "videos" / "labels" / f"{name}.json").write_text(json.dumps(content, indent=1))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write_video, range(videos + val_videos)))
+            list(pool.map(lambda i: write_image("train", i), range(images)))
+            list(pool.map(lambda i: write_image("val", i), range(val_images)))
+        work.rename(root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return root
