@@ -25,7 +25,6 @@ P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a cli
 After pretraining the decoder is thrown away; `Classifier` runs the encoder on all patches.
 """
 
-import io
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import tempfile
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,11 +43,11 @@ import av
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 # ------------------------------------------------------------------------------------------------
@@ -108,7 +107,8 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 def normalize(x: torch.Tensor) -> torch.Tensor:
     """uint8, or floats in [0, 1], (B, 3, ...) -> ImageNet-normalised floats of the same shape."""
     mean, std = (
-        values.to(x.device, non_blocking=True).view(3, *[1] * (x.ndim - 2)) for values in (MEAN, STD)
+        values.to(x.device, non_blocking=True).view(3, *[1] * (x.ndim - 2))
+        for values in (MEAN, STD)
     )
     x = x / 255 if x.dtype == torch.uint8 else x
     return (x - mean) / std
@@ -280,7 +280,7 @@ class MLP(nn.Module):
 
 def drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
     """Stochastic depth: leaves out a residual branch for some samples, and scales up the others."""
-    keep = torch.full((len(x), 1, 1), 1 - rate, dtype=x.dtype, device=x.device).bernoulli_()
+    keep = torch.empty((len(x), 1, 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
     return x * keep / (1 - rate)
 
 
@@ -459,18 +459,17 @@ class Classifier(nn.Module):
         return self.head(self.norm(self.features(x).mean(1)))
 
 
-def draw_reconstruction(model: OmniMAE, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One normalised image (3, H, W) or clip (3, T, H, W), mask bool (N,) -> a picture, uint8
-    (3, height, width): original | what the encoder sees | reconstruction; a clip's are rows of frames.
-    """
+def draw_reconstruction(model: OmniMAE, x: torch.Tensor, mask: torch.Tensor) -> PIL.Image.Image:
+    """One normalised image (3, H, W) or clip (3, T, H, W), mask bool (N,) -> a picture: original |
+    what the encoder sees | reconstruction; of a clip, three rows of frames."""
     x = x[None]
     patches, grid = to_patches(x, model.cfg)
     seen = target_pixels(patches).masked_fill(mask[None, :, None], 0.5)
     panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (target_pixels(patches), seen)]
     panels.append(model.reconstruct(x, mask[None]))
-    frames = [panel[0, :, : 1 if grid[0] == 1 else None].movedim(1, 0) for panel in panels]  # T 3 H W
-    picture = make_grid(torch.cat(frames).cpu(), nrow=max(3, len(frames[0])), pad_value=1.0)
-    return (picture * 255).round().byte()
+    shown = 1 if grid[0] == 1 else len(panels[2][0, 0])
+    frames = torch.cat([panel[0, :, :shown].movedim(1, 0) for panel in panels])  # (3 T, 3, H, W)
+    return to_pil_image(make_grid(frames.cpu(), nrow=max(3, shown), pad_value=1.0))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -527,13 +526,14 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     """
     path = _fetch(str(name))
     file = read_checkpoint(path)
-    if "config" in file:
-        cfg, state = OmniMAEConfig(**file["config"]), file["model"]
-    else:
-        state = convert_released(file.get("model", file))
-        if "encoder.patch_embed.weight" not in state:
-            raise ValueError(f"{path}: not an OmniMAE checkpoint: it has no patch embedding")
-        cfg = _released_config(path, state)
+    state = file.get("model", file)
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: not an OmniMAE checkpoint: it holds more than tensors")
+    if "settings" not in file:
+        state = convert_released(state)
+    if "encoder.patch_embed.weight" not in state:
+        raise ValueError(f"{path}: not an OmniMAE checkpoint: it has no patch embedding")
+    cfg = OmniMAEConfig(**file["config"]) if "settings" in file else _released_config(path, state)
     with torch.device("meta"):  # no memory, no initialisation: the file's tensors take the place
         if "decoder.mask_token" in state:
             model = OmniMAE(cfg)
@@ -570,16 +570,17 @@ def _fetch(name: str) -> Path:
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """What torch.save wrote, tensors and plain values only: code in a file is never run."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: not a checkpoint of tensors only; it is damaged, or it would run code, "
-            "which is refused"
+            f"{path}: damaged, or not a checkpoint of tensors only: code in it is not run"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from error
+    except Exception as error:  # torch.load raises many kinds
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason})") from error
     if not isinstance(file, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(file).__name__}, not a dict")
     return file
@@ -655,7 +656,9 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
 
 def _list_ssv2(root: Path, split: str) -> Listing:
     folder = root / "20bn-something-something-v2"
-    index = {name: int(i) for name, i in json.loads((root / "labels/labels.json").read_text()).items()}
+    index = {
+        name: int(i) for name, i in json.loads((root / "labels/labels.json").read_text()).items()
+    }
     samples = json.loads((root / f"labels/{split}.json").read_text())
     try:
         names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
@@ -671,26 +674,23 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
     """Whatever a broken file makes a decoder say becomes a ValueError that names the file."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{path}: cannot be read: {reason}") from error
 
 
 def read_image(path: str | os.PathLike) -> torch.Tensor:
-    """uint8 (3, H, W), always RGB: grey, CMYK and 16 bit converted, alpha dropped, EXIF orientation
-    left as stored, of an animation the first frame. ValueError names a file that cannot be read."""
-    with _reading(path):
-        data = Path(path).read_bytes()
-        with PIL.Image.open(io.BytesIO(data)) as header:  # refuses sizes that no memory holds
-            known = header.format in ("JPEG", "PNG", "WEBP", "GIF")
-            if not known:  # what torchvision does not decode
-                return torch.from_numpy(np.array(header.convert("RGB"))).permute(2, 0, 1)
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        image = image[0] if image.ndim == 4 else image
-        return image if image.dtype == torch.uint8 else (image.int() // 257).byte()  # 16 bit
+    """uint8 (3, H, W), always RGB: grey and CMYK converted, 16 bit cut to 8, alpha dropped, EXIF
+    orientation left as stored. ValueError names a file that cannot be read."""
+    with _reading(path), PIL.Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
+            pixels = np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        else:
+            pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-class Video:
+class Video(AbstractContextManager):
     """An open video file: its duration in seconds, and clips from it. Close it, or use `with`."""
 
     def __init__(self, path: str | os.PathLike):
@@ -714,10 +714,11 @@ class Video:
         the packets, without decoding."""
         if self.stream.duration is not None:
             return self.stream.duration
-        times = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
-        if not times:
+        times = (packet.pts for packet in self.container.demux(self.stream))
+        last = max((time for time in times if time is not None), default=None)
+        if last is None:
             raise ValueError("its frames have no timestamps")
-        return max(times) - self.first
+        return last - self.first
 
     def clip(self, start: float, duration: float, num_frames: int) -> torch.Tensor:
         """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds from
@@ -739,8 +740,8 @@ class Video:
         """Decode from the keyframe before `start` to `end`. Where frames are not stored in the order
         they are shown, a seek can land behind `start`: then again, from further back."""
         base = self.stream.time_base
-        for back in (0, 1, 10, math.inf):  # seconds
-            target = max(self.first, self.first + int((start - back) / base)) if back < math.inf else self.first
+        for back in (0, 1, 10, 1e9):  # seconds
+            target = self.first + max(0, int((start - back) / base))
             self.container.seek(target, stream=self.stream)
             frames = self.container.decode(self.stream)
             frame = next(frames, None)
@@ -759,16 +760,11 @@ class Video:
     def close(self) -> None:
         self.container.close()
 
-    def __enter__(self) -> "Video":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
 
-def read_clip(
-    path: str | os.PathLike, start: float, duration: float, num_frames: int
-) -> torch.Tensor:
+def read_clip(path: str, start: float, duration: float, num_frames: int) -> torch.Tensor:
     """uint8 (T, 3, H, W): `num_frames` of the frames from `start` for `duration` seconds, as
     `Video.clip` chooses them. ValueError names a file that cannot be read."""
     with Video(path) as video:
@@ -803,9 +799,9 @@ MOTIONS = {
 
 
 def write_clip(path: str | os.PathLike, frames: np.ndarray, rate: int = 12) -> None:
-    """Frames (T, H, W, 3) uint8 -> a VP9 .webm (or, for .mp4, H.264) file."""
+    """Frames (T, H, W, 3) uint8 -> a VP9 .webm file."""
     codec, options = ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"})
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", container_options={"fflags": "bitexact"}) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.bit_rate, stream.codec_context.thread_count = 500_000, 1
@@ -818,7 +814,9 @@ def _draw(rng, shape: str, num_frames: int = 1, motion=(0, 0, 0, 0), angle: floa
     """One large shape on a smooth background, each a gradient of two colours: (T, 72, 96, 3) uint8."""
     height, width = 72, 96
     y, x = np.mgrid[:height, :width] - np.array([height / 2, width / 2])[:, None, None]
-    at = np.linspace(-0.5, 0.5, num_frames)[:, None, None] if num_frames > 1 else np.zeros((1, 1, 1))
+    at = (
+        np.linspace(-0.5, 0.5, num_frames)[:, None, None] if num_frames > 1 else np.zeros((1, 1, 1))
+    )
     x0 = rng.uniform(-14, 14) + 32 * motion[0] * at
     y0 = rng.uniform(-8, 8) + 26 * motion[1] * at
     size = rng.uniform(20, 28) * np.exp(motion[2] * at)
@@ -839,7 +837,11 @@ def _draw(rng, shape: str, num_frames: int = 1, motion=(0, 0, 0, 0), angle: floa
 
 
 def write_demo_data(
-    root: str | os.PathLike, images: int = 3200, videos: int = 1600, val_images: int = 400, val_videos: int = 160
+    root: str | os.PathLike,
+    images: int = 3200,
+    videos: int = 1600,
+    val_images: int = 400,
+    val_videos: int = 160,
 ) -> Path:
     """Write the demo data set to a new folder: the same files every time, complete or not at all.
 

@@ -6,9 +6,12 @@ Nothing is downloaded. Files are real: JPEG, PNG, VP9, H.264, made here; runs ar
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -155,7 +158,9 @@ def test_pretraining_gives_the_released_outputs(shape, masked, loss, total, size
 def test_classifying_gives_the_released_logits(shape, logits):
     model = Classifier(TINY, num_classes=10)
     model.load_state_dict(omnimae.convert_released(released_state(released_shapes(TINY, 10))))
-    torch.testing.assert_close(model(released_input(*shape)), torch.tensor(logits), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model(released_input(*shape)), torch.tensor(logits), atol=1e-5, rtol=0
+    )
 
 
 def test_positions_are_the_released_ones():
@@ -163,7 +168,9 @@ def test_positions_are_the_released_ones():
     assert table[1, :4].tolist() == pytest.approx(
         [0.8414709568023682, 0.5403022766113281, 0.6815613508224487, 0.7317609786987305], abs=1e-7
     )
-    assert table[31, -2:].tolist() == pytest.approx([0.004133904818445444, 0.9999914765357971], abs=1e-7)
+    assert table[31, -2:].tolist() == pytest.approx(
+        [0.004133904818445444, 0.9999914765357971], abs=1e-7
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,7 +196,8 @@ def test_normalize_is_torchvisions_and_takes_bytes():
 
 
 @pytest.mark.parametrize(
-    ("model", "image", "clip"), [("vit_b", (176, 20), (1489, 79)), ("vit_h", (230, 26), (1945, 103))]
+    ("model", "image", "clip"),
+    [("vit_b", (176, 20), (1489, 79)), ("vit_h", (230, 26), (1945, 103))],
 )
 def test_the_papers_numbers_of_masked_patches(model, image, clip):
     cfg = MODELS[model]
@@ -206,7 +214,9 @@ def test_the_papers_numbers_of_masked_patches(model, image, clip):
 def test_masks_are_uniform_and_different_for_each_view(kind):
     def worst(mask):  # patch, in standard deviations from as often masked as the others
         share = mask.float().mean()
-        return ((mask.sum(0) - len(mask) * share).abs() / (len(mask) * share * (1 - share)).sqrt()).max()
+        return (
+            (mask.sum(0) - len(mask) * share).abs() / (len(mask) * share * (1 - share)).sqrt()
+        ).max()
 
     mask = random_mask(4000, (4, 8, 8), 0.9, kind, torch.Generator().manual_seed(0))
     assert mask.sum(1).unique().tolist() == [230 if kind == "random" else 4 * 57]
@@ -223,7 +233,7 @@ def test_masks_are_uniform_and_different_for_each_view(kind):
 
 def test_an_image_is_a_one_frame_clip(tiny):
     x, mask = images(), random_mask(2, (1, 4, 4), 0.75)
-    loss, pred, _ = tiny(x, mask)
+    _, pred, _ = tiny(x, mask)
     assert torch.equal(tiny(x[:, :, None], mask)[1], pred)
     patches, grid = omnimae.to_patches(x, TINY)
     assert grid == (1, 4, 4)
@@ -239,7 +249,7 @@ def test_a_mask_is_drawn_at_the_models_ratio_when_none_is_given(tiny):
 def test_visible_indices_are_the_same_as_a_mask(tiny):
     mask = random_mask(2, TINY.grid, 0.9)
     visible = torch.stack([(~row).nonzero()[:, 0] for row in mask])
-    loss, pred, same = tiny(clips(), visible)
+    _, pred, same = tiny(clips(), visible)
     assert torch.equal(same, mask)
     assert torch.equal(tiny(clips(), mask)[1], pred)
 
@@ -259,7 +269,9 @@ def test_the_loss_is_over_masked_patches_only(tiny):
     pixels = x * omnimae.STD.view(3, 1, 1, 1) + omnimae.MEAN.view(3, 1, 1, 1)
     target = omnimae.patchify(pixels, TINY.patch_size)[mask].unflatten(1, (-1, 3))  # (M, P/3, 3)
     target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
-    assert loss.item() == pytest.approx((pred[0] - target.flatten(1)).square().mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        (pred[0] - target.flatten(1)).square().mean().item(), rel=1e-5
+    )
 
 
 def test_gradients_reach_every_parameter_and_no_position(tiny):
@@ -299,10 +311,9 @@ def test_a_perfect_prediction_reconstructs_the_clip(tiny, monkeypatch):
 
 def test_a_picture_shows_original_visible_and_reconstruction(tiny):
     picture = omnimae.draw_reconstruction(tiny, clips(1)[0], random_mask(1, TINY.grid, 0.9)[0])
-    assert picture.dtype == torch.uint8
-    assert picture.shape == (3, 3 * 34 + 2, 4 * 34 + 2)  # three rows of four frames
+    assert picture.size == (4 * 34 + 2, 3 * 34 + 2)  # three rows of four frames
     picture = omnimae.draw_reconstruction(tiny, images(1)[0], random_mask(1, (1, 4, 4), 0.75)[0])
-    assert picture.shape == (3, 34 + 2, 3 * 34 + 2)  # one row of three
+    assert picture.size == (3 * 34 + 2, 34 + 2)  # one row of three
 
 
 def test_images_of_other_sizes_and_shapes(tiny):
@@ -324,7 +335,9 @@ def test_drop_path_leaves_out_samples_in_training_only():
 def test_activation_checkpointing_changes_no_gradient(tiny):
     def gradients():
         tiny.zero_grad()
-        tiny(clips(), random_mask(2, TINY.grid, 0.9, generator=torch.Generator().manual_seed(0)))[0].backward()
+        tiny(clips(), random_mask(2, TINY.grid, 0.9, generator=torch.Generator().manual_seed(0)))[
+            0
+        ].backward()
         return [parameter.grad.clone() for parameter in tiny.parameters()]
 
     plain = gradients()
@@ -367,3 +380,619 @@ def test_a_wrong_mask_is_named(tiny):
         random_mask(2, (1, 4, 4), 0.01)
     with pytest.raises(ValueError, match="'tubes'"):
         random_mask(2, (1, 4, 4), 0.5, "tubes")
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+NINE = {  # parameters that train, and the head's classes (REFERENCE of the released files)
+    "vit_b_pretrain": (94_217_856, None),
+    "vit_b_in1k": (87_005_416, 1000),
+    "vit_b_ssv2": (86_370_222, 174),
+    "vit_l_pretrain": (317_803_520, None),
+    "vit_l_in1k": (304_910_312, 1000),
+    "vit_l_ssv2": (304_063_662, 174),
+    "vit_h_pretrain": (657_655_448, None),
+    "vit_h_in1k": (632_468_200, 1000),
+    "vit_h_ssv2": (631_410_094, 174),
+}
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_the_nine_released_layouts_load_and_have_the_published_size(name, tmp_path):
+    parameters, num_classes = NINE[name]
+    shapes = released_shapes(MODELS[name[:5]], num_classes)
+    if name.startswith("vit_b"):  # at full size; the larger ones as one number, repeated
+        state = {key: torch.randn(shape) for key, shape in shapes.items()}
+    else:
+        state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    path = tmp_path / omnimae.CHECKPOINTS[name].rsplit("/", 1)[-1]
+    torch.save(state, path)
+    model = omnimae.load_checkpoint(path)
+    assert isinstance(model, OmniMAE if num_classes is None else Classifier)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    if num_classes:
+        assert model.head.out_features == num_classes
+
+
+def test_names_lead_to_the_released_files():
+    assert list(omnimae.CHECKPOINTS) == list(NINE)
+    assert omnimae.CHECKPOINTS["vit_h_ssv2"] == (
+        "https://dl.fbaipublicfiles.com/omnivore/omnimae_ckpts/vith_ssv2_ft.torch"
+    )
+
+
+@pytest.fixture
+def released(monkeypatch):
+    """Tiny released-layout weights, and a model of that size to read them as."""
+    monkeypatch.setitem(omnimae.MODELS, "tiny", TINY)
+    return lambda num_classes=None, cfg=TINY: released_state(released_shapes(cfg, num_classes))
+
+
+def test_a_name_is_downloaded_once(released, tmp_path, monkeypatch):
+    torch.save(released(10), tmp_path / "somewhere.torch")
+    monkeypatch.setitem(omnimae.CHECKPOINTS, "tiny_in1k", (tmp_path / "somewhere.torch").as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    assert omnimae.load_checkpoint("tiny_in1k").head.out_features == 10
+    (tmp_path / "somewhere.torch").unlink()
+    assert omnimae.load_checkpoint("tiny_in1k").head.out_features == 10  # from the cache
+    with pytest.raises(ValueError, match="tiny_gone.*cannot download"):
+        omnimae.load_checkpoint((tmp_path / "tiny_gone.torch").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "level"), [(None, "heads.0.projector."), (10, "heads.0."), (174, "heads.0.0.")]
+)
+def test_files_of_the_released_trainer_load(released, tmp_path, num_classes, level):
+    state = released(num_classes, replace(TINY, decoder_qkv_bias=True))
+    trainer = {key.replace("head.", level): value for key, value in state.items()}
+    torch.save({"model": trainer}, tmp_path / "trainer.torch")
+    model = omnimae.load_checkpoint(tmp_path / "trainer.torch")
+    if num_classes is None:
+        assert model.decoder.blocks[0].attn.qkv.bias is not None
+        assert torch.equal(model.decoder.head.weight, state["head.weight"])
+    else:
+        assert torch.equal(model.head.weight, state["head.weight"])
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(released, tmp_path):
+    path = tmp_path / "file.torch"
+    good = released()
+
+    def message(content):
+        torch.save(content, path)
+        with pytest.raises(ValueError) as error:
+            omnimae.load_checkpoint(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "encoder.blocks.1.norm1.bias is missing" in message(
+        {key: value for key, value in good.items() if key != "trunk.blocks.1.norm1.bias"}
+    )
+    assert "trunk.cls_token" in message(good | {"trunk.cls_token": torch.zeros(64)})
+    assert "norm.weight is (65,), expected (64,)" in message(
+        good | {"trunk.norm.weight": torch.zeros(65)}
+    )
+    assert "no patch embedding" in message({"fc.weight": torch.zeros(10, 10)})
+    assert "not a dict" in message([1, 2, 3])
+    assert "width 32" in message(released_state(released_shapes(replace(TINY, dim=32), None)))
+
+
+def test_a_damaged_or_dangerous_file_is_refused(released, tmp_path):
+    path, ran = tmp_path / "file.torch", tmp_path / "ran"
+    torch.save(released(), path)
+    whole = path.read_bytes()
+
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {ran}",)
+
+    torch.save({"model": Code()}, path)
+    code = path.read_bytes()
+    for content in (
+        b"",
+        whole[:1000],
+        whole[: len(whole) // 2],
+        whole[:-100],
+        b"<html>404</html>",
+        code,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="file.torch"):
+            omnimae.load_checkpoint(path)
+    assert not ran.exists()
+    with pytest.raises(ValueError, match="vit_b_in21k: no such file.*vit_b_pretrain"):
+        omnimae.load_checkpoint("vit_b_in21k")
+    with pytest.raises(ValueError, match="http://localhost:9/x.torch"):
+        omnimae.load_checkpoint("http://localhost:9/x.torch")
+
+
+# ------------------------------------------------------------------------------------------------
+# Media
+
+
+def pixels_of(mode: str) -> np.ndarray:
+    y, x = np.mgrid[:40, :60]
+    rgb = np.stack([x * 4, y * 6, 255 - x * 4], -1).astype(np.uint8)
+    return {"RGB": rgb, "L": rgb[..., 0], "RGBA": np.dstack([rgb, rgb[..., 1]])}[mode]
+
+
+def test_read_image_is_rgb_whatever_the_file(tmp_path):
+    rgb = PIL.Image.fromarray(pixels_of("RGB"))
+    grey = PIL.Image.fromarray(pixels_of("L"))
+    sixteen = PIL.Image.fromarray(pixels_of("L").astype(np.uint16) * 257)
+    rotated = PIL.Image.Exif()
+    rotated[0x0112] = 6
+    files = {
+        "rgb.jpg": (rgb, {}), "cmyk.jpg": (rgb.convert("CMYK"), {}), "grey.jpg": (grey, {}),
+        "rgb.png": (rgb, {}), "alpha.png": (PIL.Image.fromarray(pixels_of("RGBA")), {}),
+        "grey16.png": (sixteen, {}), "palette.png": (rgb.convert("P"), {}), "rgb.bmp": (rgb, {}),
+        "rgb.tif": (rgb, {}), "rgb.webp": (rgb, {}), "rgb.gif": (rgb, {}),
+        "turned.jpg": (rgb, {"exif": rotated}),
+    }  # fmt: skip
+    for name, (picture, options) in files.items():
+        picture.save(tmp_path / name, **options)
+        got = omnimae.read_image(tmp_path / name)
+        assert got.dtype == torch.uint8 and got.shape == (3, 40, 60), name
+        expected = np.asarray(
+            (grey if "16" in name else PIL.Image.open(tmp_path / name)).convert("RGB")
+        )
+        assert torch.equal(got, torch.from_numpy(expected.copy()).permute(2, 0, 1)), name
+    (tmp_path / "rgb.png").rename(tmp_path / "png_named.JPEG")
+    assert omnimae.read_image(tmp_path / "png_named.JPEG").shape == (3, 40, 60)
+
+
+def test_a_broken_image_is_a_value_error_with_its_name(tmp_path):
+    PIL.Image.fromarray(pixels_of("RGB")).save(tmp_path / "good.jpg")
+    good = (tmp_path / "good.jpg").read_bytes()
+    for name, content in {
+        "empty.jpg": b"", "half.jpg": good[: len(good) // 2], "text.jpg": b"not a picture",
+        "header.png": b"\x89PNG\r\n\x1a\n", "end.jpg": good[:-20],
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            omnimae.read_image(tmp_path / name)
+    with pytest.raises(ValueError, match="gone.jpg"):
+        omnimae.read_image(tmp_path / "gone.jpg")
+
+
+def numbered(num: int) -> np.ndarray:
+    """Frames that carry their number as eight squares, black or white: (T, 32, 64, 3)."""
+    bits = (np.arange(num)[:, None] >> np.arange(8)) & 1
+    frames = np.repeat(np.repeat(bits.reshape(num, 2, 4), 16, axis=1), 16, axis=2) * 235
+    return np.repeat(frames[..., None], 3, axis=3).astype(np.uint8)
+
+
+def numbers(clip: torch.Tensor) -> list[int]:
+    squares = clip.float().mean(1).unflatten(2, (4, 16)).unflatten(1, (2, 16)).mean((2, 4)) > 118
+    return (squares.flatten(1).long() << torch.arange(8)).sum(1).tolist()
+
+
+def write_numbered(path, num=48, codec="libvpx-vp9", rate=12, times=None, first=0, options=None):
+    """A video of numbered frames; `times`: in 1/1000 s, where they are not regular."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i, pixels in enumerate(numbered(num)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = first + i if times is None else times[i]
+            frame.time_base = Fraction(1, rate) if times is None else Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+X264 = {"g": "10", "bf": "3", "b-adapt": "0"}
+VIDEOS = {
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "10", "deadline": "realtime"}},
+    "h264.mp4": {"codec": "libx264", "options": X264},
+    "open_gop.mp4": {"codec": "libx264", "options": X264 | {"x264-params": "open-gop=1:keyint=10"}},
+    "open_gop.mpg": {"codec": "mpeg2video", "rate": 24, "options": {"g": "10", "bf": "2"}},
+    "late.mkv": {"codec": "libx264", "first": 30, "options": X264},
+    "late.mp4": {"codec": "libx264", "first": 30, "options": X264},
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_clip_has_the_right_frames(name, tmp_path):
+    options = VIDEOS[name]
+    path, rate = write_numbered(tmp_path / name, **options), options.get("rate", 12)
+    for start in (0.0, 0.1, 0.5, 0.84, 1.0, 1.9):
+        for duration, num_frames in ((1.0, 16), (0.5, 4), (10.0, 8)):
+            inside = [i for i in range(48) if start - 1e-4 <= i / rate < start + duration - 1e-4]
+            wanted = [inside[int(x)] for x in np.linspace(0, len(inside) - 1, num_frames)]
+            clip = omnimae.read_clip(path, start, duration, num_frames)
+            assert clip.dtype == torch.uint8 and clip.shape == (num_frames, 3, 32, 64)
+            assert numbers(clip) == wanted, (start, duration)
+
+
+def test_a_clip_of_variable_frame_rate_goes_by_time(tmp_path):
+    times = [0, 10, 20, 500, 900, 950, 1400, 2000, 2050, 2600, 3000]
+    path = write_numbered(tmp_path / "vfr.webm", num=len(times), times=times)
+    assert numbers(omnimae.read_clip(path, 0.5, 1.5, 4)) == [3, 4, 5, 6]
+    assert numbers(omnimae.read_clip(path, 0.9, 2.7, 3)) == [4, 7, 10]
+    with omnimae.Video(path) as video:
+        assert video.duration == 3.0
+
+
+def test_the_duration_is_the_streams_or_the_last_frames(tmp_path):
+    with omnimae.Video(write_numbered(tmp_path / "a.webm")) as video:
+        assert video.duration == pytest.approx(47 / 12, abs=1e-3)
+    with omnimae.Video(write_numbered(tmp_path / "a.mp4", codec="libx264")) as video:
+        assert video.duration == pytest.approx(4.0)
+
+
+def test_short_clips_repeat_frames(tmp_path):
+    path = write_numbered(tmp_path / "short.webm", num=3)
+    assert numbers(omnimae.read_clip(path, 0, 2.7, 8)) == [0, 0, 0, 0, 1, 1, 1, 2]
+
+
+def test_one_open_video_gives_several_clips_and_is_closed(tmp_path):
+    path = write_numbered(tmp_path / "a.webm")
+    before = len(os.listdir("/proc/self/fd"))
+    with omnimae.Video(path) as video:
+        for start in (2.0, 0.0, 1.0):
+            assert numbers(video.clip(start, 0.2, 1)) == [int(start * 12)]
+    for _ in range(20):
+        omnimae.read_clip(path, 0, 1, 4)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_broken_video_is_a_value_error_with_its_name(tmp_path):
+    good = write_numbered(tmp_path / "good.webm").read_bytes()
+    with av.open(str(tmp_path / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for name, content in {
+        "empty.webm": b"", "text.mp4": b"not a video", "start.webm": good[:400],
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("empty.webm", "text.mp4", "start.webm", "audio.mp4", "gone.mp4"):
+        with pytest.raises(ValueError, match=name):
+            omnimae.read_clip(tmp_path / name, 0, 2.7, 8)
+    with pytest.raises(ValueError, match=r"good.webm.*no frame between 9.000 and 11.700 s"):
+        omnimae.read_clip(tmp_path / "good.webm", 9, 2.7, 8)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_data_sets_are_listed_as_downloaded(demo, tmp_path):
+    train_part = omnimae.list_media(demo / "images", "images")
+    assert len(train_part.paths) == len(train_part.labels) == 48
+    assert train_part.classes == list(omnimae.SHAPES)
+    assert all(Path(p).parent.name == train_part.classes[k] for p, k in zip(*train_part[:2]))
+    assert len(omnimae.list_media(demo / "images", "images", "val").paths) == 16
+    ssv2 = omnimae.list_media(demo / "videos", "videos")
+    assert len(ssv2.paths) == 32 and ssv2.labels[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
+    assert ssv2.classes[0] == "Growing something"
+    assert len(omnimae.list_media(demo / "videos", "videos", "val").paths) == 8
+
+    for path in ("mine/zebra/b.MP4", "mine/ant/ä b.mov", "mine/ant/a.webm", "mine/ant/notes.txt", "mine/ant/.x.mp4"):  # fmt: skip
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    mine = omnimae.list_media(tmp_path / "mine", "videos")
+    assert [Path(path).name for path in mine.paths] == ["a.webm", "ä b.mov", "b.MP4"]
+    assert (mine.labels, mine.classes) == ([0, 0, 1], ["ant", "zebra"])
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    assert len(omnimae.list_media(tmp_path / "link", "videos").paths) == 3
+    assert omnimae.list_media(tmp_path / "mine" / "zebra", "videos").labels is None  # flat
+
+
+def test_a_wrong_folder_is_named(demo, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for root, kind, split, words in (
+        (tmp_path / "gone", "images", "train", "gone does not exist: expected a folder of images"),
+        (tmp_path / "file", "images", "train", "file is a file: expected a folder"),
+        (tmp_path / "empty", "videos", "train", "empty: no videos found"),
+        (demo / "images", "videos", "train", "no videos found"),
+        (demo / "images" / "train", "images", "val", "has no folder val or validation"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            omnimae.list_media(root, kind, split)
+    labels = demo / "videos" / "labels"
+    (tmp_path / "ssv2" / "labels").mkdir(parents=True)
+    for name in ("labels", "train"):
+        (tmp_path / "ssv2" / "labels" / f"{name}.json").write_text(
+            (labels / f"{name}.json").read_text()
+        )
+    (tmp_path / "ssv2" / "labels" / "labels.json").write_text('{"Holding something": "0"}')
+    with pytest.raises(ValueError, match=r"train.json.*labels.json has no 'Growing something'"):
+        omnimae.list_media(tmp_path / "ssv2", "videos")
+
+
+def test_the_demo_data_is_the_same_every_time(demo, tmp_path):
+    again = omnimae.write_demo_data(tmp_path / "again", 48, 32, 16, 8)
+    files = sorted(path.relative_to(demo) for path in demo.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    for kind, suffix in (("images", ".JPEG"), ("videos", ".webm"), ("videos", ".json")):
+        some = [path for path in files if path.parts[0] == kind and path.suffix == suffix]
+        assert some and all(
+            (demo / path).read_bytes() == (again / path).read_bytes() for path in some
+        )
+    with av.open(str(demo / "videos" / "20bn-something-something-v2" / "1.webm")) as video:
+        assert video.streams.video[0].codec_context.name == "vp9"
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]  # nothing left over
+
+
+# ------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+@pytest.fixture
+def pretrain(demo, tmp_path, monkeypatch):
+    """Run train.py in this process on the small demo set: 3 steps of images, 2 of videos an epoch."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*options, out="run", data=("--images", demo / "images", "--videos", demo / "videos")):
+        arguments = [
+            "--model", "demo", *data, "--batch-size", 16, "--micro-batch", 16, "--epochs", 1,
+            "--workers", 0, "--log-every", 1, "--device", "cpu", "--out", tmp_path / out, *options,
+        ]  # fmt: skip
+        train.main(train.parse_args([str(argument) for argument in arguments]))
+        return tmp_path / out
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def torchrun(processes: int, *options, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
+    if processes > 1:
+        command += ["--master_port", 29500 + os.getpid() % 1000]
+    command += [HERE / "train.py", *options]
+    return subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return omnimae.read_checkpoint(run / "last.pt")["model"]
+
+
+def log(run: Path, field: str = "loss") -> list:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line[field] for line in lines if field in line]
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = (omnimae.read_checkpoint(run / "last.pt") for run in (one, other))
+    assert a["step"] == b["step"]
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], b["optimizer"]["state"][i][key]) for key in state)
+    for field in ("step", "kind", "loss", "lr", "held_out_loss", "unreadable"):
+        assert log(one, field) == log(other, field)
+
+
+def test_the_learning_rate_by_hand():
+    rates = [train.learning_rate(step, 1000, peak=1.6e-3) for step in (0, 25, 50, 525, 999)]
+    expected = [
+        1e-6,
+        1e-6 + 1.599e-3 / 2,
+        1.6e-3,
+        0.8e-3,
+        0.8e-3 * (1 + math.cos(math.pi * 949 / 950)),
+    ]
+    assert rates == pytest.approx(expected, rel=1e-9)
+    assert train.learning_rate(1000, 1000, 1.0) == pytest.approx(0)
+    assert train.learning_rate(1000, 1000, 1.0, end=1e-6) == pytest.approx(1e-6)
+
+
+def test_the_order_of_a_run():
+    sizes, views = {"images": 50, "videos": 37}, {"images": 1, "videos": 4}
+    steps = train.Steps(sizes, views, batch=8, epochs=3, seed=0)
+    assert steps.total == 3 * (50 // 8 + 37 // 8)  # an epoch counts every file once
+    batches = list(steps)
+    kinds = [batch[0][0] for batch in batches]
+    assert [steps.at(step)[:2] for step in range(steps.total)] == [
+        (step // 10, kind) for step, kind in enumerate(kinds)
+    ]
+    assert kinds[:10] != kinds[10:20]
+    for kind, files in (("images", 8), ("videos", 2)):
+        first = [sample for batch in batches[:10] for sample in batch if sample[0] == kind]
+        assert all(len(batch) == files for batch in batches if batch[0][0] == kind)
+        assert len({index for _, _, index, _, _ in first}) == len(first)  # no file twice
+        assert {sample[-1] for sample in first} == {views[kind]}
+
+    steps.start = 7  # a resumed run
+    assert list(steps) == batches[7:]
+    steps.start = 0
+    parts = []  # two ranks and micro-batches of 4 views see the same samples
+    for rank in (0, 1):
+        steps.split(rank, 2, 4)
+        parts.append(list(steps))
+    assert [a + b for a, b in zip(*parts)] == batches
+    tiny_set = train.Steps({"images": 3}, views, batch=8, epochs=1, seed=0)
+    samples = next(iter(tiny_set))
+    assert len(set(samples)) == 8  # the same files again, but other views of them
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    steps = train.Steps({"videos": 100}, {"videos": 4}, batch=16, epochs=1, seed=0)
+    for rank, world, micro in ((0, 3, None), (0, 2, 6), (0, 1, 2)):
+        with pytest.raises(ValueError, match=r"batch of 16 views does not divide.*--batch-size"):
+            steps.split(rank, world, micro)
+
+
+def test_views_follow_from_seed_epoch_sample_and_view(demo):
+    listings = {kind: omnimae.list_media(demo / kind, kind).paths for kind in train.KINDS}
+    views = train.Views(MODELS["demo"], listings, seed=0)
+    pixels, visible, unreadable = train.collate([views["videos", 0, 5, 0, 4]])
+    assert pixels.shape == (4, 3, 8, 64, 64) and pixels.dtype == torch.uint8
+    assert visible.shape == (4, 256 - 230) and unreadable == []
+    assert len({tuple(row) for row in visible.tolist()}) == 4  # each view has its own mask
+    assert len({view.float().mean().item() for view in pixels}) == 4  # and crop
+    torch.manual_seed(123)
+    again, same, _ = train.collate([views["videos", 0, 5, 0, 4]])
+    assert torch.equal(pixels, again) and torch.equal(visible, same)
+    for other in (("videos", 1, 5, 0, 4), ("videos", 0, 5, 4, 4)):
+        assert not torch.equal(train.collate([views[other]])[0], pixels)
+    pixels, visible, _ = train.collate([views["images", 0, 0, 0, 1], views["images", 0, 1, 0, 1]])
+    assert pixels.shape == (2, 3, 64, 64) and visible.shape == (2, 16)
+
+
+def test_processes_accumulation_and_workers_change_nothing(pretrain, demo, tmp_path):
+    one = pretrain()
+    assert len(log(one)) == 5 and set(log(one, "kind")) == {"images", "videos"}
+    for workers in (1, 2):
+        assert_same_bits(one, pretrain("--workers", workers, out=f"workers{workers}"))
+    accumulated = pretrain("--micro-batch", 4, out="accumulated")
+    done = torchrun(
+        2, "--model", "demo", "--images", demo / "images", "--videos", demo / "videos", "--batch-size",
+        16, "--epochs", 1, "--log-every", 1, "--device", "cpu", "--workers", 1, "--out", "two", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for other in (accumulated, tmp_path / "two"):
+        assert log(other) == pytest.approx(log(one), rel=1e-5)
+        for key, value in weights(one).items():
+            torch.testing.assert_close(weights(other)[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(pretrain, monkeypatch):
+    whole = pretrain(out="whole")
+    update = train.Run.update
+    for stop_after in (1, 3):
+
+        def stopped(run, *args, after=stop_after):
+            loss = update(run, *args)
+            if run.step == after:
+                os.kill(os.getpid(), signal.SIGTERM)  # as a cluster's scheduler does
+            return loss
+
+        monkeypatch.setattr(train.Run, "update", stopped)
+        assert omnimae.read_checkpoint(pretrain(out="stopped") / "last.pt")["step"] == stop_after
+    monkeypatch.undo()
+    stopped = pretrain(out="stopped")
+    assert_same_bits(whole, stopped)
+    files = {path.relative_to(stopped).as_posix() for path in stopped.rglob("*") if path.is_file()}
+    pictures = {f"pictures/{kind}_{step:06d}.png" for kind in train.KINDS for step in range(1, 6)}
+    assert files == {"last.pt", "log.jsonl", "args.json"} | pictures
+    assert_same_bits(whole, pretrain(out="stopped"))  # and a finished run stays as it is
+
+
+def test_a_run_saves_a_model_that_loads(pretrain):
+    out = pretrain("--image-mask-ratio", 0.5)
+    model = omnimae.load_checkpoint(out / "last.pt")
+    assert model.cfg == replace(MODELS["demo"], image_mask_ratio=0.5)
+    assert all(torch.equal(value, weights(out)[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dtype", "bfloat16"),
+        ("--checkpoint-activations",),
+        ("--mask", "tube", "--image-views", 2, "--video-views", 2),
+    ],
+)
+def test_options_run(pretrain, options):
+    assert all(0.5 < loss < 2 for loss in log(pretrain(*options)))
+
+
+def test_init_starts_from_a_checkpoint(pretrain, tmp_path):
+    first = pretrain()
+    second = pretrain("--init", first / "last.pt", "--lr", 1e-9, out="second")
+    for key, value in weights(first).items():
+        torch.testing.assert_close(weights(second)[key], value, atol=1e-4, rtol=0)
+    torch.save(released_state(released_shapes(replace(MODELS["demo"], decoder_qkv_bias=True), None)), tmp_path / "released.torch")  # fmt: skip
+    model = omnimae.load_checkpoint(
+        pretrain("--init", tmp_path / "released.torch", out="third") / "last.pt"
+    )
+    assert model.cfg.decoder_qkv_bias
+    torch.save(released_state(released_shapes(MODELS["demo"], 10)), tmp_path / "finetuned.torch")
+    with pytest.raises(
+        ValueError, match=r"finetuned.torch is a finetuned checkpoint.*expected a pretraining"
+    ):
+        pretrain("--init", tmp_path / "finetuned.torch", out="fourth")
+
+
+def test_an_unreadable_file_is_named_once_and_replaced(pretrain, demo, tmp_path, capsys):
+    shutil.copytree(demo, tmp_path / "data")
+    data = ("--images", tmp_path / "data/images", "--videos", tmp_path / "data/videos")
+    (tmp_path / "data/images/train/ring/ring_4.JPEG").write_bytes(b"")
+    (tmp_path / "data/videos/20bn-something-something-v2/7.webm").write_bytes(b"broken")
+    out = pretrain("--epochs", 2, data=data)
+    assert log(out, "unreadable")[-1] in (2, 3, 4)  # of the videos, an epoch reads a part
+    errors = capsys.readouterr().err
+    assert errors.count("ring_4.JPEG: cannot be read") == 1
+    assert_same_bits(out, pretrain("--epochs", 2, "--workers", 2, out="again", data=data))
+
+    for path in list((tmp_path / "data/images/train").rglob("*.JPEG"))[::3]:
+        path.write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"of the \d+ files read so far cannot be read, more than 10 %"
+    ):
+        pretrain("--epochs", 20, out="bad", data=data[:2])
+    assert not (tmp_path / "bad" / "last.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(pretrain, monkeypatch):
+    good = pretrain(out="good")
+    forward = OmniMAE.forward
+
+    def broken(self, x, mask=None):
+        loss, pred, mask = forward(self, x, mask)
+        return (
+            loss
+            * (
+                float("nan")
+                if x.device.type == "cpu" and torch.is_grad_enabled() and next(calls) == 3
+                else 1
+            ),
+            pred,
+            mask,
+        )
+
+    calls = iter(range(100))
+    monkeypatch.setattr(OmniMAE, "forward", broken)
+    with pytest.raises(FloatingPointError, match="loss of step 4 is nan"):
+        pretrain("--save-minutes", 0, out="broken")
+    saved = omnimae.read_checkpoint(good.parent / "broken" / "last.pt")
+    assert saved["step"] == 3
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_another_runs_folder_is_refused(pretrain):
+    out = pretrain()
+    with pytest.raises(
+        ValueError, match=r"of a run with seed 0, this one has 1: choose another --out"
+    ):
+        pretrain("--seed", 1)
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="last.pt: truncated"):
+        pretrain()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (("--images", "gone"), 1, "gone does not exist: expected a folder of images"),
+        (("--images", "file"), 1, "file is a file: expected a folder of images"),
+        (("--videos", "."), 1, "no videos found"),
+        (("--model", "vit_x"), 2, "invalid choice: 'vit_x'"),
+        (("--init", "vit_b_preterm"), 1, "vit_b_preterm: no such file"),
+        (("--batch-size", "63"), 1, "does not divide"),
+        (("--image-mask-ratio", "1.5"), 2, "--image-mask-ratio: invalid share value: '1.5'"),
+        (("--epochs", "0"), 2, "--epochs: invalid positive value: '0'"),
+        (("--device", "cuda"), 1, "has no GPU: PyTorch sees 0"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else None,
+)
+def test_a_users_mistake_is_one_sentence(tmp_path, demo, options, status, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "demo_data").symlink_to(demo)
+    command = [sys.executable, HERE / "train.py", "--model", "demo", "--workers", "0", *options]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=hidden)
+    assert done.returncode == status
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 or status == 2
+    assert not (tmp_path / "runs").exists()

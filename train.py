@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import write_png
 from torchvision.transforms import InterpolationMode, v2
 
 import omnimae
@@ -46,7 +46,10 @@ FREE = {
     "workers", "log_every", "save_minutes",
 }  # fmt: skip
 # what `--model demo`, or no data given, takes instead of the recipe: steps of seconds on a CPU
-DEMO = {"batch_size": 64, "micro_batch": 32, "epochs": 10, "lr": 2e-3}
+DEMO = {"batch_size": 64, "micro_batch": 32, "epochs": 8, "lr": 2e-3}
+
+
+ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # torchrun's
 
 
 def seed_all(*key: int) -> None:
@@ -130,7 +133,9 @@ class Views(Dataset):
     def __init__(self, cfg, listings: dict, seed: int, mask_kind: str = "random", held_out=False):
         self.cfg, self.seed, self.mask_kind = cfg, seed, mask_kind
         # arrays, because lists of a million strings are copied, bit by bit, into every worker
-        self.paths = {kind: np.array([os.fsencode(p) for p in paths]) for kind, paths in listings.items()}
+        self.paths = {
+            kind: np.array([os.fsencode(p) for p in paths]) for kind, paths in listings.items()
+        }
         size = cfg.image_size
         self.crop = {
             "images": v2.Compose([
@@ -173,13 +178,17 @@ class Views(Dataset):
         for view in range(first, first + views):
             seed_all(self.seed, epoch, index, which, view)
             pixels.append(self.crop[kind](media).movedim(-3, -1).contiguous())
-            visible.append((~omnimae.random_mask(1, grid, ratio, self.mask_kind)[0]).nonzero()[:, 0])
+            visible.append(
+                (~omnimae.random_mask(1, grid, ratio, self.mask_kind)[0]).nonzero()[:, 0]
+            )
         return pixels, visible, unreadable
 
 
 def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Pixels uint8 (B, 3, H, W) or (B, 3, T, H, W), visible (B, V), unreadable paths."""
-    pixels, visible, unreadable = ([x for group in groups for x in group] for groups in zip(*samples))
+    pixels, visible, unreadable = (
+        [x for group in groups for x in group] for groups in zip(*samples)
+    )
     return torch.stack(pixels).movedim(-1, 1), torch.stack(visible), unreadable
 
 
@@ -195,97 +204,180 @@ def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, col
 
 
 # ------------------------------------------------------------------------------------------------
-# A run: its processes, its folder, its checkpoint
+# A run: its processes, its precision, its folder, and the parts of its loop
 
 
-class Processes:
-    """This process among those of torchrun: rank, world, device, and what all must agree on."""
+class Run:
+    """A run among torchrun's processes. Its folder holds `last.pt`, `log.jsonl` and `args.json`,
+    which rank 0 writes. Finetuning uses the same."""
 
-    def __init__(self, device: str | None):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, args: argparse.Namespace):
+        env = {key: int(os.environ.get(key, default)) for key, default in ENVIRONMENT.items()}
+        self.rank, self.world, self.local = env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device, self.local if device == "cuda" else None)
         if device == "cuda":
+            if self.local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"process {self.local} on this machine has no GPU: PyTorch sees "
+                    f"{torch.cuda.device_count()}; start as many processes, or give --device cpu"
+                )
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        self.stop = 0
+        cores = len(os.sched_getaffinity(0)) // env["LOCAL_WORLD_SIZE"]
+        self.workers = max(1, cores - 1) if args.workers is None else args.workers
 
-    def catch_signals(self) -> None:
-        """From now on SIGINT and SIGTERM finish the step, save and exit."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: setattr(self, "stop", number))
+        self.dtype = choose_dtype(args.dtype, self.device, args.model)
+        self.autocast = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
+
+        self.step = self.read = self.unreadable = 0  # saved with the model
+        self.stop = self.due = False  # a signal came; time to save
+        self.lost, self.named, self.pending = 0, set(), deque()
+        self.save_seconds, self.saved = args.save_minutes * 60, time.monotonic()
+        self.begin_window()
+
+    # Processes
 
     def sum(self, *values: float) -> list[float]:
-        """The sums over all ranks, without waiting for a GPU."""
+        """The sums over all ranks, of numbers on the host: no GPU is waited for."""
         values = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(values)
         return values.tolist()
 
-    def workers(self, wanted: int | None) -> int:
-        """Loader workers: one per core of this process's share, less the one that it runs on."""
-        cores = len(os.sched_getaffinity(0)) // self.local_world
-        return wanted if wanted is not None else max(1, cores - 1)
+    def spread(self, model: torch.nn.Module, compress: bool = False) -> torch.nn.Module:
+        """The model as all ranks train it together."""
+        if self.world == 1:
+            return model
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if compress:
+            model.register_comm_hook(None, bf16_compress_hook)
+        return model
 
-    def mean(self, value: torch.Tensor) -> float:
-        """The mean over all ranks; waits for the GPU."""
-        return self.sum(value.item())[0] / self.world
+    def catch_signals(self) -> None:
+        """From now on SIGINT and SIGTERM finish the step, save and exit."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
 
+    # The folder
 
-class Run:
-    """A run's folder: `last.pt`, `log.jsonl`, `args.json`. Only rank 0 writes."""
-
-    def __init__(self, args: argparse.Namespace, rank: int):
-        self.out, self.writes = Path(args.out), rank == 0
-        if self.writes:
+    def open(self, args: argparse.Namespace, free: set, facts: dict, model, optimizer) -> None:
+        """Make the folder this process's own, and go on from `last.pt`, if it is there. It must be of
+        a run with the same `facts` and options, but for the `free` ones."""
+        self.out = Path(args.out)
+        if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / "args.json", "a")  # locked while the process lives
+            self.lock = open(self.out / "args.json", "a")  # noqa: SIM115: held until the process ends
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"{args.out}: another run is writing there; choose another --out") from None
+                raise ValueError(
+                    f"another run is writing to {self.out}: choose another --out"
+                ) from None
             self.lock.truncate(0)
             json.dump(vars(args), self.lock, indent=1)
             self.lock.flush()
-            for leftover in self.out.glob("*.tmp"):
-                leftover.unlink()
+        options = {key: value for key, value in vars(args).items() if key not in free}
+        self.settings = options | facts | {"precision": str(self.dtype)}
+        log, path = self.out / "log.jsonl", self.out / "last.pt"
+        lines = []
+        if path.exists():
+            file = omnimae.read_checkpoint(path)
+            old = file.get("settings", {})
+            for key in sorted(self.settings.keys() | old.keys()):
+                if old.get(key) != self.settings.get(key):
+                    raise ValueError(
+                        f"{path} is of a run with {key} {old.get(key)}, this one has "
+                        f"{self.settings.get(key)}: choose another --out, or the same to go on"
+                    )
+            model.load_state_dict(file["model"])
+            optimizer.load_state_dict(file["optimizer"])
+            self.scaler.load_state_dict(file["scaler"])
+            self.step, self.read, self.unreadable = file["step"], file["read"], file["unreadable"]
+            self.print(f"{self.out}: going on after step {self.step:,}")
+            if self.rank == 0 and log.exists():  # what was logged later will be logged again
+                lines = log.read_text().splitlines(keepends=True)
+                lines = [x for x in lines if x[-1] == "\n" and json.loads(x)["step"] <= self.step]
+        if self.rank == 0:
+            replace_file(log, lambda file: file.write("".join(lines).encode()))
 
-    def load(self, settings: dict) -> dict | None:
-        """The checkpoint to go on from, if there is one; its settings must be these."""
-        path = self.out / "last.pt"
-        if not path.exists():
-            (self.out / "log.jsonl").unlink(missing_ok=True) if self.writes else None
-            return None
-        file = omnimae.read_checkpoint(path)
-        old = file.get("settings", {})
-        for key in sorted(settings.keys() | old.keys()):
-            if old.get(key) != settings.get(key):
-                raise ValueError(
-                    f"{path} is of a run with {key} = {old.get(key)}, now it is {settings.get(key)}: "
-                    "give --out another folder, or the same settings to go on"
-                )
-        if self.writes and (self.out / "log.jsonl").exists():  # forget what came after it
-            lines = (self.out / "log.jsonl").read_text().splitlines(keepends=True)
-            keep = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= file["step"]]
-            replace_file(self.out / "log.jsonl", lambda file: file.write("".join(keep).encode()))
-        return file
-
-    def save(self, name: str, state: dict) -> None:
-        """Atomically: a run killed at any moment leaves the old file or the new one."""
-        if self.writes:
+    def save(self, model, optimizer, name: str = "last.pt", **more) -> None:
+        """Atomically: whenever a run is killed, the old file or the new one is there, whole."""
+        if self.rank == 0:
+            state = {
+                "config": asdict(model.cfg), "model": model.state_dict(), "settings": self.settings,
+                "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "step": self.step, "read": self.read, "unreadable": self.unreadable, **more,
+            }  # fmt: skip
             replace_file(self.out / name, lambda file: torch.save(state, file))
+        self.saved = time.monotonic()
 
     def log(self, **line) -> None:
-        if self.writes:
+        if self.rank == 0:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def print(self, text: str) -> None:
-        if self.writes:
+        if self.rank == 0:
             print(text, flush=True)
+
+    # The loop's parts
+
+    def begin_window(self) -> None:
+        """Speed is measured from one logged step to the next."""
+        self.window, self.waited, self.views, self.work = time.monotonic(), 0.0, 0, 0.0
+
+    def update(self, loss_of, model, optimizer, batches: Iterator, accumulate: int) -> torch.Tensor:
+        """One optimiser step over `accumulate` micro-batches. Their mean loss, on the device."""
+        total = torch.zeros((), device=self.device)
+        for micro in range(1, accumulate + 1):
+            before = time.monotonic()
+            *batch, broken = next(batches)
+            self.waited += time.monotonic() - before
+            self.lost += len(broken)
+            for message in set(broken) - self.named:
+                print(message, file=sys.stderr, flush=True)
+            self.named.update(broken)
+            batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            last = micro == accumulate  # gradients go round the ranks with the last
+            with nullcontext() if last or self.world == 1 else model.no_sync():
+                with self.autocast:
+                    loss = loss_of(*batch) / accumulate
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+        self.step += 1
+        return total
+
+    def agree(self, loss: torch.Tensor, files: int, pause: bool) -> float | None:
+        """After a step that read `files` files: what all ranks must know alike. At a pause (to log,
+        to save, to stop) waits for the device and gives the mean loss; else None."""
+        due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
+        self.stop, self.due, lost = self.sum(self.stop, due, self.lost)
+        self.read, self.unreadable, self.lost = self.read + files, self.unreadable + int(lost), 0
+        if pause or self.stop or self.due:
+            self.pending.clear()
+            mean = self.sum(loss.item())[0] / self.world
+            check_finite(self.step, mean)
+            if self.read >= 100 and self.unreadable > 0.1 * self.read:
+                raise ValueError(
+                    f"{self.unreadable:,} of the {self.read:,} files read so far cannot be read, more "
+                    "than 10 %: see the messages above"
+                )
+            return mean
+        # The loss of the step before has arrived by now: looking at it does not stall the GPU, and
+        # keeps the host from running ahead, so that "waiting for data" means that the GPU waits too.
+        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+        self.pending.append((self.step, loss.to("cpu", non_blocking=True), arrived))
+        if arrived:
+            arrived.record()
+        while len(self.pending) > (self.device.type == "cuda"):
+            check_finite(*self.pending.popleft())
+        return None
 
 
 def replace_file(path: Path, write) -> None:
@@ -302,6 +394,34 @@ def replace_file(path: Path, write) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def check_finite(step: int, loss: float | torch.Tensor, arrived: torch.cuda.Event | None = None):
+    if arrived:
+        arrived.synchronize()
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of step {step} is {float(loss)}, so the run ends here; what is saved is of an "
+            "earlier, good step: try a lower --lr or --dtype float32"
+        )
+
+
+def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dtype:
+    """What matrix products are computed in: bfloat16 where the device has it, else float16."""
+    if name or model == "demo":  # matrices this small gain nothing
+        return getattr(torch, name or "float32")
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if old else torch.bfloat16
+
+
+def demo_data(kind: str, run: Run) -> str:
+    """Where the demo data set is; the first process on each machine writes it on first use."""
+    root = Path("demo_data")
+    if run.local == 0 and not root.exists():
+        print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
+        omnimae.write_demo_data(root)
+    run.sum(0)  # the others wait
+    return str(root / kind)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -334,7 +454,27 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / sorted(times)[len(times) // 2]
 
 
+def memory_gb(device: torch.device) -> float:
+    """The most that was in use so far: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 # ------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def share(text: str) -> float:
+    if not 0 < float(text) < 1:
+        raise ValueError
+    return float(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -352,30 +492,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("model and data")
     add(data, "--model", "vit_b", "the size", choices=list(omnimae.MODELS))
     add(data, "--images", None, "folder of images, or 'demo'", metavar="DIR")
-    add(data, "--videos", None, "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
+    add(
+        data,
+        "--videos",
+        None,
+        "folder of videos, or 'demo'; neither given: both are",
+        metavar="DIR",
+    )
     add(data, "--out", None, "the run's folder (default: runs/MODEL)", metavar="DIR")
     add(data, "--init", None, "start from this pretraining checkpoint: a path or released name")
     recipe = parser.add_argument_group("recipe")
-    add(recipe, "--epochs", 800, "the released checkpoints: 1600", type=int)
-    add(recipe, "--batch-size", 2048, "views a step, over all processes", type=int)
-    add(recipe, "--lr", None, f"peak learning rate (default: {PEAK_RATE} * batch size / 2048)", type=float)
+    add(recipe, "--epochs", 800, "the released checkpoints: 1600", type=positive)
+    add(recipe, "--batch-size", 2048, "views a step, over all processes", type=positive)
+    add(
+        recipe,
+        "--lr",
+        None,
+        f"peak learning rate (default: {PEAK_RATE} * batch size / 2048)",
+        type=float,
+    )
     add(recipe, "--weight-decay", 0.05, "not on biases and LayerNorm", type=float)
-    add(recipe, "--image-views", 1, "views of an image in a step", type=int)
-    add(recipe, "--video-views", 4, "views of a video in a step, decoded once", type=int)
-    add(recipe, "--image-mask-ratio", None, "share masked (default: the model's, 0.90)", type=float)
-    add(recipe, "--video-mask-ratio", None, "share masked (default: the model's, 0.95)", type=float)
+    add(recipe, "--image-views", 1, "views of an image in a step", type=positive)
+    add(recipe, "--video-views", 4, "views of a video in a step, decoded once", type=positive)
+    add(recipe, "--image-mask-ratio", None, "share masked (default: the model's, 0.90)", type=share)
+    add(recipe, "--video-mask-ratio", None, "share masked (default: the model's, 0.95)", type=share)
     add(recipe, "--mask", "random", "how clips are masked", choices=["random", "tube"])
     add(recipe, "--seed", 0, "of everything random", type=int)
     machine = parser.add_argument_group("machine: changes speed and memory, not what is learnt")
     add(machine, "--device", None, "default: a GPU if there is one", choices=["cuda", "cpu"])
     add(machine, "--dtype", None, "autocast (default: bfloat16 where the device has it; demo: float32)",
         choices=["float32", "bfloat16", "float16"])  # fmt: skip
-    add(machine, "--micro-batch", None, "views at once on a device (default: all of its share)", type=int)
+    add(
+        machine,
+        "--micro-batch",
+        None,
+        "views at once on a device (default: all of its share)",
+        type=positive,
+    )
     add(machine, "--compile", False, "torch.compile the model", action="store_true")
     add(machine, "--checkpoint-activations", False, "compute activations again: less memory", action="store_true")  # fmt: skip
-    add(machine, "--compress-gradients", False, "send bfloat16 between devices", action="store_true")
-    add(machine, "--workers", None, "loader processes a device (default: its share of the cores)", type=int)
-    add(machine, "--log-every", 10, "steps", type=int)
+    add(
+        machine, "--compress-gradients", False, "send bfloat16 between devices", action="store_true"
+    )
+    add(
+        machine,
+        "--workers",
+        None,
+        "loader processes a device (default: its share of the cores)",
+        type=int,
+    )
+    add(machine, "--log-every", 10, "steps", type=positive)
     add(machine, "--save-minutes", 10.0, "between checkpoints", type=float)
     args, _ = parser.parse_known_args(argv)
     if args.model == "demo" or not (args.images or args.videos):
@@ -388,28 +554,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def demo_data(kind: str, processes: Processes) -> str:
-    """Where the demo data set is; the first process on each node writes it on first use."""
-    root = Path("demo_data")
-    if not root.exists() and processes.local == 0:
-        print(f"writing the demo data set to {root}/, once, under a minute", flush=True)
-        omnimae.write_demo_data(root)
-    processes.sum(0)  # the others wait
-    return str(root / kind)
-
-
-def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dtype:
-    if name:
-        return getattr(torch, name)
-    if model == "demo":
-        return torch.float32  # matrices this small gain nothing
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.OmniMAE:
+    """A pretraining checkpoint of the same size, with `cfg`'s mask ratios."""
+    loaded = omnimae.load_checkpoint(name)
+    if not isinstance(loaded, omnimae.OmniMAE):
+        raise ValueError(
+            f"--init {name} is a finetuned checkpoint: expected a pretraining one, which has the "
+            f"decoder, such as {model}_pretrain"
+        )
+    cfg = replace(cfg, decoder_qkv_bias=loaded.cfg.decoder_qkv_bias)
+    ratios = {"image_mask_ratio": cfg.image_mask_ratio, "video_mask_ratio": cfg.video_mask_ratio}
+    if replace(loaded.cfg, **ratios) != cfg:
+        raise ValueError(f"--init {name} is not a {model}, but {loaded.cfg}")
+    start = omnimae.OmniMAE(cfg)
+    start.load_state_dict(loaded.state_dict())
+    return start
 
 
 def held_out_batches(cfg, sources: dict, seed: int) -> dict:
-    """Fixed centre crops and masks: 32 images, 8 clips, from the validation part where there is one."""
+    """Centre crops and masks, the same all through a run: 32 images and 8 clips of the validation
+    part, or of the training part where there is none."""
     batches = {}
     for kind, root in sources.items():
         try:
@@ -424,63 +588,35 @@ def held_out_batches(cfg, sources: dict, seed: int) -> dict:
 
 
 @torch.no_grad()
-def look(model: omnimae.OmniMAE, held_out: dict, run: Run, step: int, autocast) -> None:
+def look(model: omnimae.OmniMAE, held_out: dict, run: Run) -> None:
     """Held-out losses, and pictures of the same image and clip as ever."""
     shown = []
     for kind, (pixels, visible, _) in held_out.items():
-        x = omnimae.normalize(pixels.to(model.norm.weight.device))
-        visible = visible.to(x.device)
-        with autocast:
-            loss, _, mask = model(x, visible)
-            patches, _ = omnimae.to_patches(x, model.cfg)
-            target, _, _ = omnimae.normalize_patches(omnimae.target_pixels(patches[mask][None]))
-            zero = target.square().mean()
+        x = omnimae.normalize(pixels.to(run.device))
+        with run.autocast:
+            loss, _, mask = model(x, visible.to(run.device))
             picture = omnimae.draw_reconstruction(model, x[0], mask[0])
+        patches, _ = omnimae.to_patches(x, model.cfg)
+        target, _, _ = omnimae.normalize_patches(omnimae.target_pixels(patches[mask][None]))
+        loss, zero = loss.item(), target.square().mean().item()
         (run.out / "pictures").mkdir(exist_ok=True)
-        write_png(picture, str(run.out / "pictures" / f"{kind}_{step:06d}.png"))
-        run.log(step=step, kind=kind, held_out_loss=loss.item(), predict_zero_loss=zero.item())
-        shown.append(f"{kind} {loss.item():.3f} ({loss.item() / zero.item():.2f} of predicting zero)")
-    run.print(f"step {step:6d}  held out: {', '.join(shown)}")
-
-
-def check_finite(step: int, loss: float | torch.Tensor, arrived: torch.cuda.Event | None = None):
-    if arrived:
-        arrived.synchronize()
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss of step {step} is {float(loss)}, so the run ends here; last.pt is of an earlier, "
-            "good step: try a lower --lr or --dtype float32"
-        )
-
-
-def memory_gb(device: torch.device) -> float:
-    """The most that was in use so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.OmniMAE:
-    """A pretraining checkpoint of the same sizes, with `cfg`'s mask ratios."""
-    loaded = omnimae.load_checkpoint(name)
-    if not isinstance(loaded, omnimae.OmniMAE):
-        raise ValueError(
-            f"--init {name}: is a finetuned checkpoint; expected a pretraining one, which has the "
-            f"decoder, like {model}_pretrain"
-        )
-    same = replace(cfg, decoder_qkv_bias=loaded.cfg.decoder_qkv_bias)
-    ratios = {"image_mask_ratio": cfg.image_mask_ratio, "video_mask_ratio": cfg.video_mask_ratio}
-    if replace(loaded.cfg, **ratios) != same:
-        raise ValueError(f"--init {name}: is not a {model}: its sizes are {loaded.cfg}")
-    start = omnimae.OmniMAE(same)
-    start.load_state_dict(loaded.state_dict())
-    return start
+        picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
+        run.log(step=run.step, kind=kind, held_out_loss=loss, predict_zero_loss=zero)
+        shown.append(f"{kind} {loss:.3f}, {loss / zero:.2f} of predicting zero")
+    run.print(f"step {run.step:6d}  held out: {'; '.join(shown)}")
 
 
 def main(args: argparse.Namespace) -> None:
-    processes = Processes(args.device)
-    device, rank, world = processes.device, processes.rank, processes.world
-    run = Run(args, rank)
+    run = Run(args)
+
+    # The data
+    sources = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
+    sources = {k: demo_data(k, run) if root == "demo" else root for k, root in sources.items()}
+    listings = {kind: omnimae.list_media(root, kind).paths for kind, root in sources.items()}
+    sizes = {kind: len(paths) for kind, paths in listings.items()}
+    views = {"images": args.image_views, "videos": args.video_views}
+    steps = Steps(sizes, views, args.batch_size, args.epochs, args.seed)
+    steps.split(run.rank, run.world, args.micro_batch)
 
     # The model
     cfg = omnimae.MODELS[args.model]
@@ -491,159 +627,79 @@ def main(args: argparse.Namespace) -> None:
     )
     torch.manual_seed(args.seed)
     model = start_from(args.init, args.model, cfg) if args.init else omnimae.OmniMAE(cfg)
-    model.to(device)
-    for module in model.modules():
-        if isinstance(module, omnimae.Blocks):
-            module.checkpointing = args.checkpoint_activations
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    biases = [p for p in model.parameters() if p.ndim == 1]  # and LayerNorm's
+    model.to(run.device)
+    model.encoder.blocks.checkpointing = args.checkpoint_activations
+    model.decoder.blocks.checkpointing = args.checkpoint_activations
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and LayerNorm: no decay
     optimizer = torch.optim.AdamW(
-        [{"params": weights}, {"params": biases, "weight_decay": 0.0}],
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True,
     )  # fmt: skip
-    dtype = choose_dtype(args.dtype, device, args.model)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    # The data
-    sources = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
-    for kind in sources:
-        if sources[kind] == "demo":
-            sources[kind] = demo_data(kind, processes)
-    listings = {kind: omnimae.list_media(root, kind).paths for kind, root in sources.items()}
-    views = {"images": args.image_views, "videos": args.video_views}
-    sizes = {kind: len(paths) for kind, paths in listings.items()}
-    steps = Steps(sizes, views, args.batch_size, args.epochs, args.seed)
-    steps.split(rank, world, args.micro_batch)
-    held_out = held_out_batches(cfg, sources, args.seed) if rank == 0 else {}
-
-    # Where the run was, if this command ran before
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings |= {"files": sizes, "precision": str(dtype)}
-    read, unreadable = 0, 0
-    if file := run.load(settings):
-        model.load_state_dict(file["model"])
-        optimizer.load_state_dict(file["optimizer"])
-        scaler.load_state_dict(file["scaler"])
-        steps.start, read, unreadable = file["step"], file["read"], file["unreadable"]
-        run.print(f"{args.out}: going on after step {steps.start:,} of {steps.total:,}")
-
-    def save(step: int) -> None:
-        run.save("last.pt", {
-            "config": asdict(cfg), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "settings": settings, "step": step, "read": read,
-            "unreadable": unreadable,
-        })  # fmt: skip
-
-    dataset = Views(cfg, listings, args.seed, args.mask)
-    loader = make_loader(dataset, steps, processes.workers(args.workers), device, collate)
-    trained = model
+    run.open(args, FREE, {"files": sizes}, model, optimizer)
     if args.compile:
         model.compile(dynamic=False)  # once for images and once for clips
-    if world > 1:
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if args.compress_gradients:
-            trained.register_comm_hook(None, bf16_compress_hook)
+    spread = run.spread(model, args.compress_gradients)
 
-    rate = matmul_rate(device, dtype)
-    flops = {kind: count_flops(cfg, kind) for kind in listings}
-    found = " and ".join(f"{num:,} {kind}" for kind, num in sizes.items())
+    def loss_of(pixels, visible):
+        return spread(omnimae.normalize(pixels), visible)[0]
+
+    # What the machine can do
+    rate = matmul_rate(run.device, run.dtype) * run.world
+    flops = {kind: count_flops(model.cfg, kind) for kind in sizes}
     run.print(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}, "
-        f"{world} x {device.type} at {rate / 1e12:.2f} TFLOP/s in matrix products\n"
-        f"{found}: {steps.total:,} steps of {args.batch_size} views in {args.epochs} epochs, "
-        f"{loader.num_workers} loader workers; see {args.out}/"
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
+        f"{run.world} x {run.device.type} at {rate / 1e12:.2f} TFLOP/s in matrix products, "
+        f"{run.workers} loader workers\n{' and '.join(f'{n:,} {kind}' for kind, n in sizes.items())}: "
+        f"{steps.total:,} steps of {args.batch_size} views in {args.epochs} epochs; see {run.out}/"
     )
 
-    processes.catch_signals()
-    batches, pending, named = iter(loader), deque(), set()
-    began = logged = saved = time.monotonic()
-    waited, work, seen = 0.0, 0.0, 0
-    for step in range(steps.start, steps.total):
-        epoch, kind, _ = steps.at(step)
+    held_out = held_out_batches(cfg, sources, args.seed) if run.rank == 0 else {}
+    steps.start = run.step
+    dataset = Views(cfg, listings, args.seed, args.mask)
+    batches = iter(make_loader(dataset, steps, run.workers, run.device, collate))
+    run.catch_signals()
+    run.begin_window()
+    began = time.monotonic()
+    while run.step < steps.total and not run.stop:
+        epoch, kind, _ = steps.at(run.step)
+        lr = learning_rate(run.step, steps.total, args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps.total, args.lr)
-        loss, lost = 0.0, 0
-        for micro in range(1, steps.accumulate + 1):
-            before = time.monotonic()
-            pixels, visible, broken = next(batches)
-            waited += time.monotonic() - before
-            x = omnimae.normalize(pixels.to(device, non_blocking=True))
-            visible = visible.to(device, non_blocking=True)
-            alone = world > 1 and micro < steps.accumulate  # gradients are summed with the last
-            with trained.no_sync() if alone else nullcontext():
-                with autocast:
-                    part = trained(x, visible)[0] / steps.accumulate
-                scaler.scale(part).backward()
-            loss = loss + part.detach()
-            lost += len(broken)
-            for message in set(broken) - named:
-                print(message, file=sys.stderr, flush=True)
-            named.update(broken)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        seen += args.batch_size
-        work += args.batch_size * flops[kind]
+            group["lr"] = lr
+        loss = run.update(loss_of, spread, optimizer, batches, steps.accumulate)
+        run.views += args.batch_size
+        run.work += args.batch_size * flops[kind]
 
-        # What all ranks must agree on: numbers of the host, so nothing waits for the GPU here
-        done = step + 1
-        due = rank == 0 and time.monotonic() - saved > args.save_minutes * 60
-        stop, due, lost = processes.sum(processes.stop, due, lost)
-        read, unreadable = read + args.batch_size // views[kind], unreadable + int(lost)
-        last = done == steps.total
-        log_now = step == 0 or done % args.log_every == 0 or last
-        look_now = done % max(1, steps.total // 10) == 0 or last
-        if not (stop or due or log_now or look_now):
-            # The loss of the step before is there by now, so this does not stall the device; and it
-            # keeps the host from running ahead, so that waiting for data means what it says.
-            arrived = torch.cuda.Event() if device.type == "cuda" else None
-            pending.append((done, loss.to("cpu", non_blocking=True), arrived))
-            if arrived:
-                arrived.record()
-            while len(pending) > (device.type == "cuda"):
-                check_finite(*pending.popleft())
-            continue
-
-        pending.clear()
-        mean = processes.mean(loss)
-        check_finite(done, mean)
-        if read >= 100 and unreadable > 0.1 * read:
-            raise ValueError(f"{unreadable:,} of the {read:,} files read so far cannot be read: more than 10 %")
+        last = run.step == steps.total
+        log_now = run.step == 1 or run.step % args.log_every == 0 or last
+        look_now = run.step % max(1, steps.total // 10) == 0 or last
+        mean = run.agree(loss, args.batch_size // views[kind], log_now or look_now)
         if log_now:
-            now = time.monotonic()
+            seconds = time.monotonic() - run.window
             line = {
-                "step": done,
-                "epoch": epoch,
-                "kind": kind,
-                "loss": mean,
-                "lr": optimizer.param_groups[0]["lr"],
-                "unreadable": unreadable,
-                "views_per_second": seen / (now - logged),
-                "data_wait": waited / (now - logged),
-                "utilisation": work / (now - logged) / (rate * world),
-                "memory_gb": memory_gb(device),
-            }
+                "step": run.step, "epoch": epoch, "kind": kind, "loss": mean, "lr": lr,
+                "unreadable": run.unreadable, "views_per_second": run.views / seconds,
+                "data_wait": run.waited / seconds, "utilisation": run.work / seconds / rate,
+                "memory_gb": memory_gb(run.device),
+            }  # fmt: skip
             run.log(**line)
-            left = (now - began) / (done - steps.start) * (steps.total - done)
+            left = (time.monotonic() - began) / (run.step - steps.start) * (steps.total - run.step)
             run.print(
-                f"step {done:6d}  epoch {epoch:3d}  {kind}  loss {mean:.4f}  lr {line['lr']:.1e}  "
-                f"{line['views_per_second']:6,.0f} views/s  data wait {line['data_wait']:3.0%}  "
-                f"use {line['utilisation']:3.0%}  {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left"
-                + (f"  {unreadable} unreadable" if unreadable else "")
+                f"step {run.step:6d}  epoch {epoch}  {kind}  loss {mean:.4f}  lr {lr:.1e}  "
+                f"{line['views_per_second']:,.0f} views/s  data wait {line['data_wait']:.0%}  "
+                f"utilisation {line['utilisation']:.0%}  {timedelta(seconds=int(left))} left"
+                + (f"  {run.unreadable} unreadable" if run.unreadable else "")
             )
-            logged, waited, work, seen = now, 0.0, 0.0, 0
-        if look_now and rank == 0:
-            look(model, held_out, run, done, autocast)
-        if stop or due or last:
-            save(done)
-            saved = time.monotonic()
-        if stop and not last:
-            run.print(f"stopped and saved after step {done:,}; the same command goes on from there")
-            break
+            run.begin_window()
+        if look_now and run.rank == 0:
+            look(model, held_out, run)
+        if run.stop or run.due or last:
+            run.save(model, optimizer)
+    if run.step < steps.total:
+        run.print(f"stopped and saved after step {run.step:,}; the same command goes on from there")
     else:
-        run.print(f"{args.out}: all {steps.total:,} steps are done; {args.out}/last.pt is the model")
-    if world > 1:
+        run.print(f"all {steps.total:,} steps are done: {run.out}/last.pt is the model")
+    if run.world > 1:
         dist.destroy_process_group()
 
 
