@@ -269,16 +269,13 @@ class Run:
         self.out = Path(args.out)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / "args.json", "a")  # noqa: SIM115: held until the process ends
+            self.lock = open(self.out / "args.json", "a")  # noqa: SIM115 (held until the process ends)
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(
                     f"another run is writing to {self.out}: choose another --out"
                 ) from None
-            self.lock.truncate(0)
-            json.dump(vars(args), self.lock, indent=1)
-            self.lock.flush()
         options = {key: value for key, value in vars(args).items() if key not in free}
         self.settings = options | facts | {"precision": str(self.dtype)}
         log, path = self.out / "log.jsonl", self.out / "last.pt"
@@ -302,6 +299,9 @@ class Run:
                 lines = [x for x in lines if x[-1] == "\n" and json.loads(x)["step"] <= self.step]
         if self.rank == 0:
             replace_file(log, lambda file: file.write("".join(lines).encode()))
+            self.lock.truncate(0)
+            json.dump(vars(args), self.lock, indent=1)
+            self.lock.flush()
 
     def save(self, model, optimizer, name: str = "last.pt", **more) -> None:
         """Atomically: whenever a run is killed, the old file or the new one is there, whole."""
