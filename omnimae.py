@@ -581,7 +581,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     except Exception as error:  # torch.load raises many kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: truncated, or not a checkpoint ({reason})") from error
-    if not isinstance(file, dict):
+    if type(file) is not dict:
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(file).__name__}, not a dict")
     return file
 

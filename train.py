@@ -38,15 +38,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 import omnimae
 
-PEAK_RATE = 1.6e-3  # for 2048 views a step; the default goes with the batch
 KINDS = ("images", "videos")
 # options under which a run may go on with other values
 FREE = {
     "images", "videos", "out", "device", "dtype", "micro_batch", "compile", "checkpoint_activations",
     "workers", "log_every", "save_minutes",
 }  # fmt: skip
-# what `--model demo`, or no data given, takes instead of the recipe: steps of seconds on a CPU
-DEMO = {"batch_size": 64, "micro_batch": 32, "epochs": 8, "lr": 2e-3}
 
 
 ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # torchrun's
@@ -479,85 +476,68 @@ def share(text: str) -> float:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Pretrain OmniMAE on images and videos. Defaults are the paper's recipe; with "
-        "--model demo, or no data given, small ones instead: "
-        + ", ".join(f"{key} {value}" for key, value in DEMO.items()),
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        description="Pretrain OmniMAE on images and videos. Run the same command again to go on.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
+        usage="torchrun [--nproc_per_node N] %(prog)s [--model M] [--images DIR] [--videos DIR] ...",
     )
 
-    def add(group, flag, default=None, help="", **more):
-        shown = f" (default: {default})" if default not in (None, False) else ""
-        group.add_argument(flag, default=default, help=help + shown, **more)
+    def group(title):
+        options = parser.add_argument_group(title)
 
-    data = parser.add_argument_group("model and data")
-    add(data, "--model", "vit_b", "the size", choices=list(omnimae.MODELS))
-    add(data, "--images", None, "folder of images, or 'demo'", metavar="DIR")
-    add(
-        data,
-        "--videos",
-        None,
-        "folder of videos, or 'demo'; neither given: both are",
-        metavar="DIR",
-    )
-    add(data, "--out", None, "the run's folder (default: runs/MODEL)", metavar="DIR")
-    add(data, "--init", None, "start from this pretraining checkpoint: a path or released name")
-    recipe = parser.add_argument_group("recipe")
-    add(recipe, "--epochs", 800, "the released checkpoints: 1600", type=positive)
-    add(recipe, "--batch-size", 2048, "views a step, over all processes", type=positive)
-    add(
-        recipe,
-        "--lr",
-        None,
-        f"peak learning rate (default: {PEAK_RATE} * batch size / 2048)",
-        type=float,
-    )
-    add(recipe, "--weight-decay", 0.05, "not on biases and LayerNorm", type=float)
-    add(recipe, "--image-views", 1, "views of an image in a step", type=positive)
-    add(recipe, "--video-views", 4, "views of a video in a step, decoded once", type=positive)
-    add(recipe, "--image-mask-ratio", None, "share masked (default: the model's, 0.90)", type=share)
-    add(recipe, "--video-mask-ratio", None, "share masked (default: the model's, 0.95)", type=share)
-    add(recipe, "--mask", "random", "how clips are masked", choices=["random", "tube"])
-    add(recipe, "--seed", 0, "of everything random", type=int)
-    machine = parser.add_argument_group("machine: changes speed and memory, not what is learnt")
-    add(machine, "--device", None, "default: a GPU if there is one", choices=["cuda", "cpu"])
-    add(machine, "--dtype", None, "autocast (default: bfloat16 where the device has it; demo: float32)",
-        choices=["float32", "bfloat16", "float16"])  # fmt: skip
-    add(
-        machine,
-        "--micro-batch",
-        None,
-        "views at once on a device (default: all of its share)",
-        type=positive,
-    )
-    add(machine, "--compile", False, "torch.compile the model", action="store_true")
-    add(machine, "--checkpoint-activations", False, "compute activations again: less memory", action="store_true")  # fmt: skip
-    add(
-        machine, "--compress-gradients", False, "send bfloat16 between devices", action="store_true"
-    )
-    add(
-        machine,
-        "--workers",
-        None,
-        "loader processes a device (default: its share of the cores)",
-        type=int,
-    )
-    add(machine, "--log-every", 10, "steps", type=positive)
-    add(machine, "--save-minutes", 10.0, "between checkpoints", type=float)
+        def add(flag, help, **more):
+            shown = " (default: %(default)s)" if more.get("default") is not None else ""
+            name = {positive: "N", int: "N", float: "X", share: "X"}.get(more.get("type"))
+            if "choices" not in more and "action" not in more:
+                more.setdefault("metavar", name)
+            options.add_argument(flag, help=help + shown, **more)
+
+        return add
+
+    # fmt: off
+    add = group("model and data")
+    add("--model", "the size", default="vit_b", choices=list(omnimae.MODELS))
+    add("--images", "folder of images, or 'demo'", metavar="DIR")
+    add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
+    add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
+    add("--init", "start from a pretraining checkpoint: path or released name", metavar="NAME")
+    add = group("recipe: defaults are the paper's; --model demo or no data given: 8 epochs of batch 64")
+    add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
+    add("--batch-size", "views a step, over all processes", type=positive, default=2048)
+    add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 2e-3)", type=float)
+    add("--weight-decay", "not on biases and LayerNorm", type=float, default=0.05)
+    add("--image-views", "views of an image in a step", type=positive, default=1)
+    add("--video-views", "views of a video in a step, decoded once", type=positive, default=4)
+    add("--image-mask-ratio", "share masked (default: 0.90; demo: 0.75)", type=share)
+    add("--video-mask-ratio", "share masked (default: 0.95; demo: 0.90)", type=share)
+    add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
+    add("--seed", "of everything random", type=int, default=0)
+    add = group("machine: speed and memory")
+    add("--device", "(default: a GPU if there is one)", choices=["cuda", "cpu"])
+    add("--dtype", "of autocast (default: bfloat16 if the device has it; demo: float32)", choices=["float32", "bfloat16", "float16"])
+    add("--micro-batch", "views at once on a device (default: all of its share)", type=positive)
+    add("--compile", "torch.compile the model", action="store_true")
+    add("--checkpoint-activations", "compute activations twice: less memory", action="store_true")
+    add("--compress-gradients", "send gradients as bfloat16", action="store_true")
+    add("--workers", "loader processes a device (default: its share of the cores)", type=int)
+    add("--log-every", "steps between log lines", type=positive, default=10)
+    add("--save-minutes", "minutes between checkpoints", type=float, default=10.0)
+    # fmt: on
     args, _ = parser.parse_known_args(argv)
     if args.model == "demo" or not (args.images or args.videos):
-        parser.set_defaults(**DEMO)
+        parser.set_defaults(epochs=8, batch_size=64, micro_batch=16 if args.model != "demo" else 32)
     args = parser.parse_args(argv)
     if not (args.images or args.videos):
         args.images = args.videos = "demo"
     args.out = args.out or f"runs/{args.model}"
-    args.lr = args.lr or PEAK_RATE * args.batch_size / 2048
+    if args.lr is None:
+        args.lr = 2e-3 if args.model == "demo" else 1.6e-3 * args.batch_size / 2048
     return args
 
 
 def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.OmniMAE:
     """A pretraining checkpoint of the same size, with `cfg`'s mask ratios."""
     loaded = omnimae.load_checkpoint(name)
-    if not isinstance(loaded, omnimae.OmniMAE):
+    if not hasattr(loaded, "decoder"):
         raise ValueError(
             f"--init {name} is a finetuned checkpoint: expected a pretraining one, which has the "
             f"decoder, such as {model}_pretrain"
