@@ -230,7 +230,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
 
         self.step = self.read = self.unreadable = 0  # saved with the model
-        self.stop = self.due = False  # a signal came; time to save
+        self.signalled = self.stop = self.due = False  # a signal came; all ranks stop; time to save
         self.lost, self.named, self.pending = 0, set(), deque()
         self.save_seconds, self.saved = args.save_minutes * 60, time.monotonic()
         self.begin_window()
@@ -256,7 +256,7 @@ class Run:
     def catch_signals(self) -> None:
         """From now on SIGINT and SIGTERM finish the step, save and exit."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "stop", True))
+            signal.signal(number, lambda *_: setattr(self, "signalled", True))
 
     # The folder
 
@@ -354,7 +354,7 @@ class Run:
         """After a step that read `files` files: what all ranks must know alike. At a pause (to log,
         to save, to stop) waits for the device and gives the mean loss; else None."""
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
-        self.stop, self.due, lost = self.sum(self.stop, due, self.lost)
+        self.stop, self.due, lost = self.sum(self.signalled, due, self.lost)
         self.read, self.unreadable, self.lost = self.read + files, self.unreadable + int(lost), 0
         if pause or self.stop or self.due:
             self.pending.clear()
