@@ -229,6 +229,7 @@ class Run:
         self.autocast = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
 
+        self.seed = args.seed
         self.step = self.read = self.unreadable = 0  # saved with the model
         self.signalled = self.stop = self.due = False  # a signal came; all ranks stop; time to save
         self.lost, self.named, self.pending = 0, set(), deque()
@@ -338,6 +339,7 @@ class Run:
                 print(message, file=sys.stderr, flush=True)
             self.named.update(broken)
             batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            seed_all(self.seed, self.step, self.rank, micro)  # drop path, MixUp
             last = micro == accumulate  # gradients go round the ranks with the last
             with nullcontext() if last or self.world == 1 else model.no_sync():
                 with self.autocast:
