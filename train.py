@@ -261,9 +261,9 @@ class Run:
 
     # The folder
 
-    def open(self, args: argparse.Namespace, free: set, facts: dict, model, optimizer) -> None:
-        """Make the folder this process's own, and go on from `last.pt`, if it is there. It must be of
-        a run with the same `facts` and options, but for the `free` ones."""
+    def open(self, args: argparse.Namespace, free: set, facts: dict, model, optimizer) -> dict:
+        """Make the folder this process's own, and go on from `last.pt`, if it is there, whose content
+        it returns. It must be of a run with the same `facts` and options, but for the `free` ones."""
         self.out = Path(args.out)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ class Run:
         options = {key: value for key, value in vars(args).items() if key not in free}
         self.settings = options | facts | {"precision": str(self.dtype)}
         log, path = self.out / "log.jsonl", self.out / "last.pt"
-        lines = []
+        lines, file = [], {}
         if path.exists():
             file = omnimae.read_checkpoint(path)
             old = file.get("settings", {})
@@ -296,10 +296,11 @@ class Run:
                 lines = log.read_text().splitlines(keepends=True)
                 lines = [x for x in lines if x[-1] == "\n" and json.loads(x)["step"] <= self.step]
         if self.rank == 0:
-            replace_file(log, lambda file: file.write("".join(lines).encode()))
+            replace_file(log, lambda output: output.write("".join(lines).encode()))
             self.lock.truncate(0)
             json.dump(vars(args), self.lock, indent=1)
             self.lock.flush()
+        return file
 
     def save(self, model, optimizer, name: str = "last.pt", **more) -> None:
         """Atomically: whenever a run is killed, the old file or the new one is there, whole."""
