@@ -152,28 +152,31 @@ class Views(Dataset):
             start = torch.rand(()).item() * max(video.duration - omnimae.CLIP_SECONDS, 0)
             return video.clip(start, omnimae.CLIP_SECONDS, self.cfg.num_frames)
 
+    def find(self, sample: tuple) -> tuple[torch.Tensor, int, list[str]]:
+        """The first that can be read of the sample's file and others drawn at random: pixels uint8,
+        (3, H, W) or (T, 3, H, W); its index; and what is wrong with those before."""
+        kind, epoch, index, first, _ = sample
+        unreadable = []
+        for attempt in range(20):
+            seed_all(self.seed, epoch, index, KINDS.index(kind), first, attempt)
+            other = int(torch.randint(len(self.paths[kind]), ())) if attempt else index
+            try:
+                return self.read(kind, other), other, unreadable
+            except ValueError as error:
+                unreadable.append(str(error))
+        raise ValueError(f"20 {kind} in a row cannot be read, the last: {unreadable[-1]}")
+
     def __getitem__(self, sample: tuple) -> tuple[list, list, list]:
         """One file's views: pixels uint8, (H, W, 3) or (T, H, W, 3); visible indices (V,); and the
         paths that could not be read."""
         kind, epoch, index, first, views = sample
-        which = KINDS.index(kind)
-        unreadable = []
-        for attempt in range(20):
-            seed_all(self.seed, epoch, index, which, first, attempt)
-            other = int(torch.randint(len(self.paths[kind]), ())) if attempt else index
-            try:
-                media = self.read(kind, other)  # (3, H, W) or (T, 3, H, W)
-                break
-            except ValueError as error:
-                unreadable.append(str(error))
-        else:
-            raise ValueError(f"20 {kind} in a row cannot be read, the last: {unreadable[-1]}")
+        media, _, unreadable = self.find(sample)
         t, h, w = self.cfg.grid
         grid = (1 if kind == "images" else t, h, w)
         ratio = self.cfg.image_mask_ratio if kind == "images" else self.cfg.video_mask_ratio
         pixels, visible = [], []
         for view in range(first, first + views):
-            seed_all(self.seed, epoch, index, which, view)
+            seed_all(self.seed, epoch, index, KINDS.index(kind), view)
             pixels.append(self.crop[kind](media).movedim(-3, -1).contiguous())
             visible.append(
                 (~omnimae.random_mask(1, grid, ratio, self.mask_kind)[0]).nonzero()[:, 0]
