@@ -480,44 +480,24 @@ def share(text: str) -> float:
     return float(text)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Pretrain OmniMAE on images and videos. Run the same command again to go on.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
-        usage="torchrun [--nproc_per_node N] %(prog)s [--model M] [--images DIR] [--videos DIR] ...",
-    )
+def option_group(parser: argparse.ArgumentParser, title: str):
+    """A group of options, as the function that adds one."""
+    options = parser.add_argument_group(title)
 
-    def group(title):
-        options = parser.add_argument_group(title)
+    def add(flag, help, **more):
+        shown = " (default: %(default)s)" if more.get("default") is not None else ""
+        name = {positive: "N", int: "N", float: "X", share: "X"}.get(more.get("type"))
+        if "choices" not in more and "action" not in more:
+            more.setdefault("metavar", name)
+        options.add_argument(flag, help=help + shown, **more)
 
-        def add(flag, help, **more):
-            shown = " (default: %(default)s)" if more.get("default") is not None else ""
-            name = {positive: "N", int: "N", float: "X", share: "X"}.get(more.get("type"))
-            if "choices" not in more and "action" not in more:
-                more.setdefault("metavar", name)
-            options.add_argument(flag, help=help + shown, **more)
+    return add
 
-        return add
 
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """What pretraining and finetuning have in common."""
     # fmt: off
-    add = group("model and data")
-    add("--model", "the size", default="vit_b", choices=list(omnimae.MODELS))
-    add("--images", "folder of images, or 'demo'", metavar="DIR")
-    add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
-    add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
-    add("--init", "start from a pretraining checkpoint: path or released name", metavar="NAME")
-    add = group("recipe: defaults are the paper's; --model demo or no data given: 8 epochs of batch 64")
-    add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
-    add("--batch-size", "views a step, over all processes", type=positive, default=2048)
-    add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 2e-3)", type=float)
-    add("--weight-decay", "not on biases and LayerNorm", type=float, default=0.05)
-    add("--image-views", "views of an image in a step", type=positive, default=1)
-    add("--video-views", "views of a video in a step, decoded once", type=positive, default=4)
-    add("--image-mask-ratio", "share masked (default: 0.90; demo: 0.75)", type=share)
-    add("--video-mask-ratio", "share masked (default: 0.95; demo: 0.90)", type=share)
-    add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
-    add("--seed", "of everything random", type=int, default=0)
-    add = group("machine: speed and memory")
+    add = option_group(parser, "machine: speed and memory")
     add("--device", "(default: a GPU if there is one)", choices=["cuda", "cpu"])
     add("--dtype", "of autocast (default: bfloat16 if the device has it; demo: float32)", choices=["float32", "bfloat16", "float16"])
     add("--micro-batch", "views at once on a device (default: all of its share)", type=positive)
@@ -528,6 +508,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", "steps between log lines", type=positive, default=10)
     add("--save-minutes", "minutes between checkpoints", type=float, default=10.0)
     # fmt: on
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Pretrain OmniMAE on images and videos. Run the same command again to go on.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
+        usage="torchrun [--nproc_per_node N] %(prog)s [--model M] [--images DIR] [--videos DIR] ...",
+    )
+
+    # fmt: off
+    add = option_group(parser, "model and data")
+    add("--model", "the size", default="vit_b", choices=list(omnimae.MODELS))
+    add("--images", "folder of images, or 'demo'", metavar="DIR")
+    add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
+    add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
+    add("--init", "start from a pretraining checkpoint: path or released name", metavar="NAME")
+    add = option_group(parser, "recipe: defaults are the paper's; --model demo or no data given: 8 epochs of batch 64")
+    add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
+    add("--batch-size", "views a step, over all processes", type=positive, default=2048)
+    add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 2e-3)", type=float)
+    add("--weight-decay", "not on biases and LayerNorm", type=float, default=0.05)
+    add("--image-views", "views of an image in a step", type=positive, default=1)
+    add("--video-views", "views of a video in a step, decoded once", type=positive, default=4)
+    add("--image-mask-ratio", "share masked (default: 0.90; demo: 0.75)", type=share)
+    add("--video-mask-ratio", "share masked (default: 0.95; demo: 0.90)", type=share)
+    add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
+    add("--seed", "of everything random", type=int, default=0)
+    # fmt: on
+    machine_options(parser)
     args, _ = parser.parse_known_args(argv)
     if args.model == "demo" or not (args.images or args.videos):
         parser.set_defaults(epochs=8, batch_size=64, micro_batch=16 if args.model != "demo" else 32)
