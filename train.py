@@ -237,7 +237,6 @@ class Run:
         self.signalled = self.stop = self.due = False  # a signal came; all ranks stop; time to save
         self.lost, self.named, self.pending = 0, set(), deque()
         self.save_seconds, self.saved = args.save_minutes * 60, time.monotonic()
-        self.begin_window()
 
     # Processes
 
@@ -257,10 +256,13 @@ class Run:
             model.register_comm_hook(None, bf16_compress_hook)
         return model
 
-    def catch_signals(self) -> None:
-        """From now on SIGINT and SIGTERM finish the step, save and exit."""
+    def begin(self, total: int, rate: float) -> None:
+        """The loop of `total` steps begins, on devices of `rate` FLOP/s. From now on SIGINT and SIGTERM
+        finish the step, save and exit."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(self, "signalled", True))
+        self.total, self.rate, self.first, self.began = total, rate, self.step, time.monotonic()
+        self.begin_window()
 
     # The folder
 
@@ -330,6 +332,26 @@ class Run:
     def begin_window(self) -> None:
         """Speed is measured from one logged step to the next."""
         self.window, self.waited, self.views, self.work = time.monotonic(), 0.0, 0, 0.0
+
+    def report(self, epoch: int, kind: str, loss: float, lr: float) -> None:
+        """Log the step, print it with the time left, and begin the next window."""
+        seconds = time.monotonic() - self.window
+        line = {
+            "step": self.step, "epoch": epoch, "kind": kind, "loss": loss, "lr": lr,
+            "unreadable": self.unreadable, "views_per_second": self.views / seconds,
+            "data_wait": self.waited / seconds, "utilisation": self.work / seconds / self.rate,
+            "memory_gb": memory_gb(self.device),
+        }  # fmt: skip
+        self.log(**line)
+        pace = (time.monotonic() - self.began) / (self.step - self.first)
+        left = timedelta(seconds=int(pace * (self.total - self.step)))
+        self.print(
+            f"step {self.step:6d}  epoch {epoch}  {kind}  loss {loss:.4f}  lr {lr:.1e}  "
+            f"{line['views_per_second']:,.0f} views/s  data wait {line['data_wait']:.0%}  "
+            f"utilisation {line['utilisation']:.0%}  {left} left"
+            + (f"  {self.unreadable} unreadable" if self.unreadable else "")
+        )
+        self.begin_window()
 
     def update(self, loss_of, model, optimizer, batches: Iterator, accumulate: int) -> torch.Tensor:
         """One optimiser step over `accumulate` micro-batches. Their mean loss, on the device."""
@@ -653,9 +675,7 @@ def main(args: argparse.Namespace) -> None:
     steps.start = run.step
     dataset = Views(cfg, listings, args.seed, args.mask)
     batches = iter(make_loader(dataset, steps, run.workers, run.device, collate))
-    run.catch_signals()
-    run.begin_window()
-    began = time.monotonic()
+    run.begin(steps.total, rate)
     while run.step < steps.total and not run.stop:
         epoch, kind, _ = steps.at(run.step)
         lr = learning_rate(run.step, steps.total, args.lr)
@@ -670,22 +690,7 @@ def main(args: argparse.Namespace) -> None:
         look_now = run.step % max(1, steps.total // 10) == 0 or last
         mean = run.agree(loss, args.batch_size // views[kind], log_now or look_now)
         if log_now:
-            seconds = time.monotonic() - run.window
-            line = {
-                "step": run.step, "epoch": epoch, "kind": kind, "loss": mean, "lr": lr,
-                "unreadable": run.unreadable, "views_per_second": run.views / seconds,
-                "data_wait": run.waited / seconds, "utilisation": run.work / seconds / rate,
-                "memory_gb": memory_gb(run.device),
-            }  # fmt: skip
-            run.log(**line)
-            left = (time.monotonic() - began) / (run.step - steps.start) * (steps.total - run.step)
-            run.print(
-                f"step {run.step:6d}  epoch {epoch}  {kind}  loss {mean:.4f}  lr {lr:.1e}  "
-                f"{line['views_per_second']:,.0f} views/s  data wait {line['data_wait']:.0%}  "
-                f"utilisation {line['utilisation']:.0%}  {timedelta(seconds=int(left))} left"
-                + (f"  {run.unreadable} unreadable" if run.unreadable else "")
-            )
-            run.begin_window()
+            run.report(epoch, kind, mean, lr)
         if look_now and run.rank == 0:
             look(model, held_out, run)
         if run.stop or run.due or last:
