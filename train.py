@@ -453,8 +453,8 @@ def demo_data(kind: str, run: Run) -> str:
 # What the hardware does
 
 
-def count_flops(cfg: omnimae.OmniMAEConfig, kind: str) -> int:
-    """Floating-point operations of one view, forward and backward."""
+def count_flops(cfg: omnimae.OmniMAEConfig, kind: str, num_classes: int | None = None) -> int:
+    """Floating-point operations of one view, forward and backward, pretraining or finetuning."""
     shape = (1, 3, cfg.image_size, cfg.image_size)
     if kind == "videos":
         shape = (1, 3, cfg.num_frames, *shape[2:])
@@ -462,6 +462,9 @@ def count_flops(cfg: omnimae.OmniMAEConfig, kind: str) -> int:
     ratio = cfg.video_mask_ratio if kind == "videos" else cfg.image_mask_ratio
     num = math.prod(grid)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if num_classes:
+            omnimae.Classifier(cfg, num_classes).to("meta")(torch.zeros(shape)).sum().backward()
+            return counter.get_total_flops()
         visible = torch.zeros(1, num - int(ratio * num), dtype=torch.int64)
         omnimae.OmniMAE(cfg).to("meta")(torch.zeros(shape), visible)[0].backward()
     return counter.get_total_flops()
