@@ -799,8 +799,10 @@ MOTIONS = {
 
 
 def write_clip(path: str | os.PathLike, frames: np.ndarray, rate: int = 12) -> None:
-    """Frames (T, H, W, 3) uint8 -> a VP9 .webm file."""
-    codec, options = ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"})
+    """Frames (T, H, W, 3) uint8 -> a VP9 .webm file, or an H.264 .mp4, which any player shows."""
+    codec, options = "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}
+    if str(path).endswith(".mp4"):
+        codec, options = "libx264", {}
     with av.open(str(path), "w", container_options={"fflags": "bitexact"}) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
