@@ -439,6 +439,12 @@ def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dt
     return torch.float16 if old else torch.bfloat16
 
 
+def size_name(cfg: omnimae.OmniMAEConfig) -> str:
+    """ "vit_b" of a config of that size."""
+    sizes = {(size.dim, size.image_size): name for name, size in omnimae.MODELS.items()}
+    return sizes[cfg.dim, cfg.image_size]
+
+
 def demo_data(kind: str, run: Run) -> str:
     """Where the demo data set is; the first process on each machine writes it on first use."""
     root = Path("demo_data")
@@ -519,20 +525,24 @@ def option_group(parser: argparse.ArgumentParser, title: str):
     return add
 
 
-def machine_options(parser: argparse.ArgumentParser) -> None:
-    """What pretraining and finetuning have in common."""
-    # fmt: off
-    add = option_group(parser, "machine: speed and memory")
+# fmt: off
+def device_options(add) -> None:
     add("--device", "(default: a GPU if there is one)", choices=["cuda", "cpu"])
     add("--dtype", "of autocast (default: bfloat16 if the device has it; demo: float32)", choices=["float32", "bfloat16", "float16"])
+    add("--workers", "loader processes a device (default: its share of the cores)", type=int)
+
+
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """What pretraining and finetuning have in common."""
+    add = option_group(parser, "machine: speed and memory")
+    device_options(add)
     add("--micro-batch", "views at once on a device (default: all of its share)", type=positive)
     add("--compile", "torch.compile the model", action="store_true")
     add("--checkpoint-activations", "compute activations twice: less memory", action="store_true")
     add("--compress-gradients", "send gradients as bfloat16", action="store_true")
-    add("--workers", "loader processes a device (default: its share of the cores)", type=int)
     add("--log-every", "steps between log lines", type=positive, default=10)
     add("--save-minutes", "minutes between checkpoints", type=float, default=10.0)
-    # fmt: on
+# fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
