@@ -1,0 +1,338 @@
+"""Evaluate a finetuned model, label files, or look at reconstructions.
+
+    torchrun --nproc_per_node=8 eval.py --checkpoint vit_b_in1k --images IN1K     top-1 and top-5
+    torchrun --nproc_per_node=8 eval.py --checkpoint vit_b_ssv2 --videos SSV2
+    python eval.py --checkpoint vit_b_in1k dog.jpg cat.jpg                        five best labels
+    python eval.py --checkpoint vit_b_pretrain dog.jpg clip.mp4                   reconstructions
+
+The protocols are the released ones. An image is one view: the short side resized to 224, the centre
+cropped. A video is 15 views, 5 clips in time x 3 crops in space, whose logits are averaged.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+from torchvision.models import ViT_B_16_Weights
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
+
+import omnimae
+import train
+
+PUBLISHED = {  # top-1 of the released checkpoints, % (github.com/facebookresearch/omnivore)
+    "vit_b_in1k": 83.0, "vit_l_in1k": 85.1, "vit_h_in1k": 86.5,
+    "vit_b_ssv2": 69.5, "vit_l_ssv2": 74.2, "vit_h_ssv2": 75.3,
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------
+# Data: labelled files, and the views of a file
+
+
+def list_labelled(
+    root: str, kind: str, split: str, classes: list[str] | None = None
+) -> omnimae.Listing:
+    """The "train" or "val" part of a data set; its classes must be `classes`, where given.
+
+    A data set without a validation part lends every tenth file of each class to be it.
+    """
+    own = any((Path(root) / name).exists() for name in ("val", "validation", "labels/labels.json"))
+    paths, labels, names = omnimae.list_media(root, kind, split if own else "train")
+    if labels is None:
+        raise ValueError(f"{root}: its {kind} have no labels: expected <class>/<file>")
+    if not own:
+        place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # in its class
+        chosen = np.flatnonzero((place % 10 == 0) == (split == "val"))
+        paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
+        if alone := set(range(len(names))) - set(labels):
+            raise ValueError(
+                f"{root} has no validation part and lends every tenth file, but class "
+                f"{names[min(alone)]!r} has one file in all: expected at least two"
+            )
+    classes = classes or names
+    missing, unknown = (sorted(set(a) - set(b)) for a, b in ((classes, names), (names, classes)))
+    for what, some in (("lacks", missing), ("has also", unknown)):
+        if some:
+            raise ValueError(
+                f"{root}: its {split} part {what} {some[0]!r} ({len(some)} such), compared with the "
+                f"{len(classes)} classes trained on: expected the same classes in both, or a "
+                "checkpoint that was finetuned on this data set"
+            )
+    number = {name: i for i, name in enumerate(classes)}
+    return omnimae.Listing(paths, [number[names[label]] for label in labels], classes)
+
+
+def read_views(path: str, kind: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> torch.Tensor:
+    """uint8. An image (3, S, S): the short side resized to S by PIL, bicubic with antialiasing, and
+    the centre cropped. A video (clips, T, 3, H, W): evenly spread clips of 2.7 s."""
+    if kind == "images":
+        image = to_pil_image(omnimae.read_image(path))
+        image = resize(image, cfg.image_size, InterpolationMode.BICUBIC)
+        return pil_to_tensor(center_crop(image, cfg.image_size))
+    with omnimae.Video(path) as video:
+        last = max(video.duration - omnimae.CLIP_SECONDS, 0)
+        starts = [i * last / num_clips for i in range(num_clips)]
+        clips = [video.clip(at, omnimae.CLIP_SECONDS, cfg.num_frames) for at in starts]
+        return torch.stack(clips)
+
+
+def crop_views(pixels: torch.Tensor, size: int, num_crops: int) -> torch.Tensor:
+    """What `read_views` gives, on the device -> normalised, (1, 3, S, S) or (views, 3, T, S, S).
+
+    A clip's short side is resized, bilinear without antialiasing; of the long one come the start,
+    the centre and the end, or the centre alone.
+    """
+    if pixels.ndim == 3:
+        return omnimae.normalize(pixels[None])
+    height, width = pixels.shape[-2:]
+    short = min(height, width)
+    height, width = height * size // short, width * size // short  # rounded down
+    frames = F.interpolate(pixels.flatten(0, 1) / 255, (height, width), mode="bilinear")
+    frames = omnimae.normalize(frames)  # (clips T, 3, H, W)
+    over = max(height, width) - size
+    offsets = (0, math.ceil(over / 2), over) if num_crops == 3 else (math.ceil(over / 2),)
+    crops = [frames.narrow(3 if width >= height else 2, at, size) for at in offsets]
+    views = torch.stack(crops).unflatten(1, pixels.shape[:2])  # (crops, clips, T, 3, S, S)
+    return views.permute(1, 0, 3, 2, 4, 5).flatten(0, 1)  # (views, 3, T, S, S)
+
+
+class Files(Dataset):
+    """Of each file its index, its pixels, and, where it cannot be read, why."""
+
+    def __init__(self, paths: list[str], *how):
+        self.paths, self.how = np.array([os.fsencode(path) for path in paths]), how
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+        try:
+            return index, read_views(os.fsdecode(self.paths[index]), *self.how), None
+        except ValueError as error:
+            return index, None, str(error)
+
+
+# ------------------------------------------------------------------------------------------------
+# Accuracy
+
+
+@torch.no_grad()
+def accuracy(
+    model: omnimae.Classifier,
+    kind: str,
+    listing: omnimae.Listing,
+    run: train.Run,
+    views: tuple[int, int],
+    batch_size: int = 64,
+) -> tuple[float, float, int, torch.Tensor, torch.Tensor]:
+    """Top-1 and top-5 in %; how many files could not be read, which count as wrong; the five best
+    classes of each file and their probabilities, (files, 5), on all ranks. A video has `views`,
+    clips x crops; their logits are averaged. About `batch_size` views go through the model at once.
+    """
+    num_clips, num_crops = views if kind == "videos" else (1, 1)
+    num = len(listing.paths)
+    best = torch.zeros(num, min(5, model.head.out_features), dtype=torch.int64)
+    probability = torch.zeros(best.shape)
+    mine = range(run.rank, num, run.world)  # each file is one rank's, and counts once
+    size = max(1, batch_size // (num_clips * num_crops))
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    files = Files(listing.paths, kind, model.cfg, num_clips)
+    model.eval()
+    for batch in train.make_loader(files, batches, run.workers, run.device, list):
+        index, x = [], []
+        for i, pixels, error in batch:
+            if error:
+                print(error, file=sys.stderr, flush=True)
+            else:
+                index.append(i)
+                x.append(crop_views(pixels.to(run.device), model.cfg.image_size, num_crops))
+        if index:
+            with run.autocast:
+                logits = model(torch.cat(x)).float()  # (files views, classes)
+            logits = logits.unflatten(0, (len(index), -1)).mean(1)  # (files, classes)
+            values, order = logits.softmax(1).topk(best.shape[1])
+            best[index], probability[index] = order.cpu(), values.cpu()
+    if run.world > 1:
+        dist.all_reduce(best)  # the other ranks' rows are zeros
+        dist.all_reduce(probability)
+    readable = probability[:, :1] > 0  # (files, 1)
+    right = (best == torch.tensor(listing.labels)[:, None]) & readable  # (files, 5)
+    top1, top5 = (100 * hit.double().mean().item() for hit in (right[:, 0], right.any(1)))
+    return top1, top5, int((~readable).sum()), best, probability
+
+
+def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run) -> None:
+    """Print the accuracy on a data set's validation part."""
+    kind = "images" if args.images else "videos"
+    root = getattr(args, kind)
+    root = train.demo_data(kind, run) if root == "demo" else root
+    listing = list_labelled(root, kind, "val", model.classes)
+    if len(listing.classes) != model.head.out_features:
+        raise ValueError(
+            f"{args.checkpoint} has {model.head.out_features} classes, {root} has "
+            f"{len(listing.classes)}: expected a checkpoint that finetune.py made with --{kind} {root}"
+        )
+    result = accuracy(model, kind, listing, run, args.views, args.batch_size)
+    top1, top5, unreadable, best, probability = result
+    published = PUBLISHED.get(args.checkpoint)
+    num_views = 1 if kind == "images" else math.prod(args.views)
+    run.print(
+        f"{args.checkpoint} on {root}: {len(listing.paths):,} {kind}, {num_views} views of each\n"
+        f"top-1 {top1:.2f} %{f' (published: {published} %)' if published else ''}\n"
+        f"top-5 {top5:.2f} %{f', {unreadable} unreadable counted as wrong' if unreadable else ''}"
+    )
+    if args.predictions and run.rank == 0:
+        with open(args.predictions, "w", newline="") as file:
+            writer, ranks = csv.writer(file), range(1, best.shape[1] + 1)
+            heads = [f"{what}_{i}" for what in ("best", "probability") for i in ranks]
+            writer.writerow(["path", "label", *heads])
+            rows = zip(listing.paths, listing.labels, best.tolist(), probability.tolist())
+            for path, label, order, values in rows:
+                names = [listing.classes[i] if values[0] else "unreadable" for i in order]
+                writer.writerow([path, listing.classes[label], *names, *values])
+
+
+# ------------------------------------------------------------------------------------------------
+# Single files: labels, or reconstructions
+
+
+def kind_of(path: str) -> str:
+    return "videos" if path.lower().endswith(omnimae.SUFFIXES["videos"]) else "images"
+
+
+def class_names(model: omnimae.Classifier, labels: str | None) -> list[str]:
+    """From a labels.json, from torchvision for IN1k, from the checkpoint; else indices."""
+    num = model.head.out_features
+    if labels:
+        try:
+            names = {int(i): name for name, i in json.loads(Path(labels).read_text()).items()}
+        except (ValueError, AttributeError, TypeError):
+            raise ValueError(
+                f'{labels}: expected JSON like SSv2\'s labels.json, {{"name": "0", ...}}'
+            ) from None
+        if sorted(names) != list(range(num)):
+            raise ValueError(
+                f"{labels} has {len(names)} classes, the checkpoint has {num}: expected the labels "
+                "of the data set that it was finetuned on"
+            )
+        return [names[i] for i in range(num)]
+    if num == 1000 and (model.classes is None or model.classes[0] == "n01440764"):
+        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # in the order of the wnids
+    return model.classes or [f"class {i}" for i in range(num)]
+
+
+@torch.no_grad()
+def predict(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run) -> None:
+    """Print the five best labels of each file."""
+    names = class_names(model, args.labels)
+    for path in args.files:
+        pixels = read_views(path, kind_of(path), model.cfg, args.views[0]).to(run.device)
+        with run.autocast:
+            logits = model(crop_views(pixels, model.cfg.image_size, args.views[1]))
+        values, order = logits.float().mean(0).softmax(0).topk(min(5, len(names)))
+        print(path)
+        for value, index in zip(values.tolist(), order.tolist()):
+            print(f"  {value:7.2%}  {names[index]}")
+
+
+@torch.no_grad()
+def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run) -> None:
+    """Draw of each file the original, what the encoder sees, and the reconstruction."""
+    cfg, out = model.cfg, Path(args.out)
+    for path in args.files:
+        kind = kind_of(path)
+        x = crop_views(read_views(path, kind, cfg, 1).to(run.device), cfg.image_size, 1)
+        _, grid = omnimae.to_patches(x, cfg)
+        ratio = cfg.image_mask_ratio if kind == "images" else cfg.video_mask_ratio
+        generator = torch.Generator().manual_seed(args.seed)
+        mask = omnimae.random_mask(1, grid, args.mask_ratio or ratio, generator=generator)
+        with run.autocast:
+            picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(run.device))
+        out.mkdir(parents=True, exist_ok=True)
+        name = out / f"{Path(path).name}.png"
+        picture.save(name)
+        print(name)
+        if kind == "videos":  # a frame's three panels are a column of the picture, borders 2 wide
+            wide, pixels = cfg.image_size + 2, np.asarray(picture)
+            frames = [pixels[:, t * wide : (t + 1) * wide + 2] for t in range(cfg.num_frames)]
+            rate = round(cfg.num_frames / omnimae.CLIP_SECONDS)
+            omnimae.write_clip(name.with_suffix(".mp4"), np.stack(frames), rate)
+            print(name.with_suffix(".mp4"))
+
+
+def clips_x_crops(text: str) -> tuple[int, int]:
+    num_clips, num_crops = map(int, text.split("x"))
+    if num_clips < 1 or num_crops not in (1, 3):
+        raise ValueError
+    return num_clips, num_crops
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The accuracy of a finetuned checkpoint on a data set's validation part; or its "
+        "five best labels of files; or a pretraining checkpoint's reconstructions of files, as pictures.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
+    )
+    # fmt: off
+    add = train.option_group(parser, "model and data: a data set or files")
+    add("--checkpoint", f"path, or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
+    add("--images", "folder of images, or 'demo'", metavar="DIR")
+    add("--videos", "folder of videos, or 'demo'", metavar="DIR")
+    parser.add_argument("files", help="images and videos in any mix", nargs="*", metavar="FILE")
+    add = train.option_group(parser, "accuracy and labels")
+    add("--views", "of a video: clips x crops, of which 1 or 3 (default: 5x3)", type=clips_x_crops, metavar="CxK")
+    add("--predictions", "write each file's label and five best to this .csv", metavar="FILE")
+    add("--labels", "class names, as SSv2's labels.json (default: IN1k's or the checkpoint's)", metavar="FILE")
+    add = train.option_group(parser, "reconstructions")
+    add("--mask-ratio", "share masked (default: the checkpoint's)", type=train.share)
+    add("--seed", "of the mask", type=int, default=0)
+    add("--out", "folder for the pictures", default="reconstructions", metavar="DIR")
+    add = train.option_group(parser, "machine")
+    train.device_options(add)
+    add("--batch-size", "views at once on a device", type=train.positive, default=64)
+    # fmt: on
+    args = parser.parse_args(argv)
+    if bool(args.images) + bool(args.videos) + bool(args.files) != 1:
+        parser.error("expected one of these: --images DIR, --videos DIR, files")
+    args.views = args.views or (5, 3)
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    model = omnimae.load_checkpoint(args.checkpoint)
+    args.model, args.save_minutes = train.size_name(model.cfg), math.inf  # what a Run asks for
+    pretrained = isinstance(model, omnimae.OmniMAE)
+    if pretrained and not args.files:
+        raise ValueError(
+            f"{args.checkpoint} is a pretraining checkpoint, which has no classes: expected a "
+            f"finetuned one, such as vit_b_{'in1k' if args.images else 'ssv2'} or what finetune.py "
+            "makes of this one"
+        )
+    if args.mask_ratio and not pretrained:
+        raise ValueError(
+            f"{args.checkpoint} is a finetuned checkpoint, which has no decoder to reconstruct "
+            "with: expected a pretraining one, such as vit_b_pretrain"
+        )
+    run = train.Run(args)
+    model.to(run.device)
+    if not args.files:
+        evaluate(model, args, run)
+    elif run.rank == 0:
+        (reconstruct if pretrained else predict)(model, args, run)
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
