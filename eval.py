@@ -122,6 +122,7 @@ class Files(Dataset):
 # Accuracy
 
 
+@torch.compiler.set_stance("force_eager")  # the last batch's size is not worth compiling for
 @torch.no_grad()
 def accuracy(
     model: omnimae.Classifier,
@@ -161,7 +162,7 @@ def accuracy(
     if run.world > 1:
         dist.all_reduce(best)  # the other ranks' rows are zeros
         dist.all_reduce(probability)
-    readable = probability[:, :1] > 0  # (files, 1)
+    readable = probability[:, :1] != 0  # (files, 1)
     right = (best == torch.tensor(listing.labels)[:, None]) & readable  # (files, 5)
     top1, top5 = (100 * hit.double().mean().item() for hit in (right[:, 0], right.any(1)))
     return top1, top5, int((~readable).sum()), best, probability
@@ -245,7 +246,7 @@ def predict(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run)
 def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run) -> None:
     """Draw of each file the original, what the encoder sees, and the reconstruction."""
     cfg, out = model.cfg, Path(args.out)
-    for path in args.files:
+    for number, path in enumerate(args.files):
         kind = kind_of(path)
         x = crop_views(read_views(path, kind, cfg, 1).to(run.device), cfg.image_size, 1)
         _, grid = omnimae.to_patches(x, cfg)
@@ -256,6 +257,8 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run
             picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(run.device))
         out.mkdir(parents=True, exist_ok=True)
         name = out / f"{Path(path).name}.png"
+        if Path(path).name in [Path(other).name for other in args.files[:number]]:
+            name = out / f"{number}_{name.name}"
         picture.save(name)
         print(name)
         if kind == "videos":  # a frame's three panels are a column of the picture, borders 2 wide
@@ -325,14 +328,7 @@ def main(args: argparse.Namespace) -> None:
         evaluate(model, args, run)
     elif run.rank == 0:
         (reconstruct if pretrained else predict)(model, args, run)
-    if run.world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    train.run_script(main, parse_args)

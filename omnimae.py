@@ -16,11 +16,12 @@ P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a cli
     tokens     (B, V, D)        D = 768
       |  + mask tokens          [visible, masked], in that order, each with its position added
       |  linear
-      |  4 blocks, norm         a small decoder over all N
+      |  4 blocks               a small decoder over all N
     tokens     (B, N, D')       D' = 384
-      |  last M, linear
-    pred       (B, M, P)        pixels of the masked patches, each patch and channel normalised
-                                to mean 0, variance 1; loss: mean squared error
+      |  last M, norm, linear
+    pred       (B, M, P)        compared, by mean squared error, with the
+    target     (B, M, P)        masked patches in [0, 1], each normalised, per channel,
+                                to mean 0 and variance 1
 
 After pretraining the decoder is thrown away; `Classifier` runs the encoder on all patches.
 """
@@ -28,10 +29,8 @@ After pretraining the decoder is thrown away; `Classifier` runs the encoder on a
 import json
 import math
 import os
-import pickle
 import shutil
 import tempfile
-import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -47,6 +46,7 @@ import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import stochastic_depth
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -77,6 +77,12 @@ class OmniMAEConfig:
         t, h, w = self.patch_size
         return self.num_frames // t, self.image_size // h, self.image_size // w
 
+    def masking(self, kind: str) -> tuple[tuple[int, int, int], float]:
+        """The grid of patches and the mask ratio of "images" or "videos"."""
+        if kind == "videos":
+            return self.grid, self.video_mask_ratio
+        return (1, *self.grid[1:]), self.image_mask_ratio
+
     @property
     def patch_values(self) -> int:
         """P, values in a patch."""
@@ -106,9 +112,10 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
     """uint8, or floats in [0, 1], (B, 3, ...) -> ImageNet-normalised floats of the same shape."""
+    if x.ndim < 4 or x.shape[1] != 3:
+        raise ValueError(f"got shape {tuple(x.shape)}; expected (B, 3, H, W) or (B, 3, T, H, W)")
     mean, std = (
-        values.to(x.device, non_blocking=True).view(3, *[1] * (x.ndim - 2))
-        for values in (MEAN, STD)
+        v.to(x.device, non_blocking=True).view(3, *[1] * (x.ndim - 2)) for v in (MEAN, STD)
     )
     x = x / 255 if x.dtype == torch.uint8 else x
     return (x - mean) / std
@@ -124,7 +131,7 @@ def to_patches(x: torch.Tensor, cfg: OmniMAEConfig) -> tuple[torch.Tensor, tuple
     t, h, w = cfg.patch_size
     clip = (cfg.num_frames, cfg.image_size, cfg.image_size)
     wanted = f"expected ImageNet-normalised floats, images (B, 3, H, W) or clips (B, 3, {clip[0]}, {clip[1]}, {clip[2]})"  # fmt: skip
-    if not x.is_floating_point():
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"got {x.dtype}; {wanted}: omnimae.normalize() makes them from uint8")
     if x.ndim not in (4, 5) or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"got shape {tuple(x.shape)}; {wanted}")
@@ -151,8 +158,8 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple, grid: tuple) -> torch.T
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
-def target_pixels(patches: torch.Tensor) -> torch.Tensor:
-    """Undo the normalisation of the input: targets are pixels in [0, 1]. (B, N, P)"""
+def denormalize(patches: torch.Tensor) -> torch.Tensor:
+    """Patches (B, N, P) of normalised pixels -> of pixels in [0, 1], which the targets are made of."""
     mean, std = (values.to(patches.device, non_blocking=True) for values in (MEAN, STD))
     return (patches.unflatten(2, (-1, 3)) * std + mean).flatten(2)  # the channel is last
 
@@ -219,7 +226,8 @@ def split_mask(mask: torch.Tensor, batch: int, num: int) -> tuple[torch.Tensor, 
     """A mask -> visible (B, V) and masked (B, M) indices in raster order, and bool (B, N).
 
     `mask` is bool (B, N), True = masked; or the int64 visible indices (B, V), which is what the
-    loader sends, because V must be known without waiting for the device.
+    loader sends, because V must be known without waiting for the device. (Nor is it checked that
+    the indices of a row differ: that would wait, too.)
     """
     if mask.dtype == torch.bool:
         if mask.shape != (batch, num):
@@ -231,8 +239,10 @@ def split_mask(mask: torch.Tensor, batch: int, num: int) -> tuple[torch.Tensor, 
                 "expected as many in each row, at least one and not all"
             )
         visible_num = counts.pop()
-    elif mask.dtype == torch.int64 and mask.ndim == 2 and len(mask) == batch:
+    elif mask.dtype == torch.int64 and mask.ndim == 2 and 0 < mask.shape[1] < num:
         visible_num = mask.shape[1]
+        if len(mask) != batch:
+            raise ValueError(f"got masks of {len(mask)} samples, expected {batch}")
         mask = torch.ones(batch, num, dtype=torch.bool, device=mask.device).scatter(1, mask, False)
     else:
         raise ValueError(
@@ -278,13 +288,9 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def drop_path(x: torch.Tensor, rate: float) -> torch.Tensor:
-    """Stochastic depth: leaves out a residual branch for some samples, and scales up the others."""
-    keep = torch.empty((len(x), 1, 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
-
-
 class Block(nn.Module):
+    """Drop path (stochastic depth) leaves a branch out for some samples, and scales up the others."""
+
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -294,10 +300,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rate = self.drop_path if self.training else 0.0
-        drop = (lambda branch: drop_path(branch, rate)) if rate else (lambda branch: branch)
-        x = x + drop(self.attn(self.norm1(x)))
-        return x + drop(self.mlp(self.norm2(x)))
+        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
 
 
 class Blocks(nn.ModuleList):
@@ -374,8 +378,10 @@ class Decoder(nn.Module):
         """(B, V, D) and both kinds of indices -> (B, M, P)."""
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
-        hidden = self.embed(self.mask_token + positions)  # (N, D'), the same for every sample
-        x = torch.cat([x, F.embedding(masked, hidden)], dim=1)  # (B, N, D')
+        mask_tokens = self.embed(self.mask_token + positions)  # (N, D'), the same for every sample
+        x = torch.cat(
+            [x, F.embedding(masked, mask_tokens)], dim=1
+        )  # (B, N, D'); faster than [masked]
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
         return self.head(self.norm(x))  # (B, M, P)
 
@@ -404,13 +410,12 @@ class OmniMAE(nn.Module):
         """
         patches, grid = to_patches(x, self.cfg)  # (B, N, P)
         if mask is None:
-            cfg = self.cfg
-            ratio = cfg.image_mask_ratio if grid[0] == 1 else cfg.video_mask_ratio
+            _, ratio = self.cfg.masking("images" if grid[0] == 1 else "videos")
             mask = random_mask(len(x), grid, ratio).to(x.device)
         visible, masked, mask = split_mask(mask, *patches.shape[:2])
         tokens = self.norm(self.encoder(patches, grid, visible))  # (B, V, D)
         pred = self.decoder(tokens, grid, visible, masked).float()  # (B, M, P)
-        target, _, _ = normalize_patches(target_pixels(take(patches, masked).float()))  # (B, M, P)
+        target, _, _ = normalize_patches(denormalize(take(patches, masked).float()))  # (B, M, P)
         return F.mse_loss(pred, target), pred, mask
 
     @torch.no_grad()
@@ -418,12 +423,12 @@ class OmniMAE(nn.Module):
         """Pixels in [0, 1], (B, 3, T, H, W), T = 1 for images: visible patches as they are, masked
         ones predicted and un-normalised with the true patch's mean and deviation.
 
-        The model predicts normalised patches, so it does not say how bright a patch is. Of an
-        image's frame, which fills a patch in time, the repeated predictions are averaged.
+        The model predicts normalised patches, so it does not say how bright a patch is. An image is
+        one frame repeated; its predictions are averaged.
         """
         _, pred, mask = self(x, mask)
         patches, grid = to_patches(x, self.cfg)
-        pixels = target_pixels(patches.float())  # (B, N, P)
+        pixels = denormalize(patches.float())  # (B, N, P)
         _, masked, _ = split_mask(mask, *patches.shape[:2])
         _, mean, std = normalize_patches(take(pixels, masked))  # (B, M, P)
         pixels = pixels.scatter(1, masked[..., None].expand_as(pred), pred * std + mean)
@@ -464,8 +469,8 @@ def draw_reconstruction(model: OmniMAE, x: torch.Tensor, mask: torch.Tensor) -> 
     what the encoder sees | reconstruction; of a clip, three rows of frames."""
     x = x[None]
     patches, grid = to_patches(x, model.cfg)
-    seen = target_pixels(patches).masked_fill(mask[None, :, None], 0.5)
-    panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (target_pixels(patches), seen)]
+    seen = denormalize(patches).masked_fill(mask[None, :, None], 0.5)
+    panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (denormalize(patches), seen)]
     panels.append(model.reconstruct(x, mask[None]))
     shown = 1 if grid[0] == 1 else len(panels[2][0, 0])
     frames = torch.cat([panel[0, :, :shown].movedim(1, 0) for panel in panels])  # (3 T, 3, H, W)
@@ -533,20 +538,23 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
         state = convert_released(state)
     if "encoder.patch_embed.weight" not in state:
         raise ValueError(f"{path}: not an OmniMAE checkpoint: it has no patch embedding")
-    cfg = OmniMAEConfig(**file["config"]) if "settings" in file else _released_config(path, state)
+    try:
+        cfg = (
+            OmniMAEConfig(**file["config"]) if "settings" in file else _released_config(path, state)
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its sizes are not understood: {error}") from error
     with torch.device("meta"):  # no memory, no initialisation: the file's tensors take the place
         if "decoder.mask_token" in state:
             model = OmniMAE(cfg)
         else:
             num_classes = len(state.get("head.bias", ()))
             model = Classifier(cfg, num_classes, classes=file.get("classes"))
-    expected = {key: value.shape for key, value in model.state_dict().items()}
-    for key in sorted(expected.keys() | state.keys()):
-        got = tuple(state[key].shape) if key in state else "missing"
-        want = tuple(expected[key]) if key in expected else "no such tensor"
-        if got != want:
-            raise ValueError(f"{path}: does not fit: {key} is {got}, expected {want}")
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    try:
+        model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(f"{path}: does not fit: {' '.join(wrong)}") from error
     return model.requires_grad_().eval()
 
 
@@ -563,7 +571,7 @@ def _fetch(name: str) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))  # to a temporary file, then renamed
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:
             raise ValueError(f"{name}: cannot download {url} to {path}: {error}") from error
     return path
 
@@ -574,13 +582,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path}: no such file")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: damaged, or not a checkpoint of tensors only: code in it is not run"
-        ) from error
     except Exception as error:  # torch.load raises many kinds
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: truncated, or not a checkpoint ({reason})") from error
+        raise ValueError(
+            f"{path}: not a checkpoint: truncated, damaged, or with more in it than tensors, such as "
+            "code, which is never run; if it was downloaded, delete it to download it again"
+        ) from error
     if type(file) is not dict:
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(file).__name__}, not a dict")
     return file
@@ -607,6 +613,16 @@ SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
 }
+
+
+@contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever a broken file makes a decoder say becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: cannot be read: {reason}") from error
 
 
 class Listing(NamedTuple):
@@ -655,28 +671,16 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
 
 
 def _list_ssv2(root: Path, split: str) -> Listing:
-    folder = root / "20bn-something-something-v2"
-    index = {
-        name: int(i) for name, i in json.loads((root / "labels/labels.json").read_text()).items()
-    }
-    samples = json.loads((root / f"labels/{split}.json").read_text())
-    try:
+    folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
+    with _reading(path):
+        index = json.loads((root / "labels" / "labels.json").read_text())
+        index = {name: int(i) for name, i in index.items()}
+        samples = json.loads(path.read_text())
         names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
-        labels = [index[name] for name in names]
-    except KeyError as error:
-        raise ValueError(f"{root}/labels/{split}.json: labels.json has no {error}") from error
-    paths = [str(folder / f"{sample['id']}.webm") for sample in samples]
-    return Listing(paths, labels, sorted(index, key=index.get))
-
-
-@contextmanager
-def _reading(path: str | os.PathLike) -> Iterator[None]:
-    """Whatever a broken file makes a decoder say becomes a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: cannot be read: {reason}") from error
+        paths = [str(folder / f"{sample['id']}.webm") for sample in samples]
+    if unknown := set(names) - set(index):
+        raise ValueError(f"{path}: labels.json has no {min(unknown)!r} ({len(unknown)} such)")
+    return Listing(paths, [index[name] for name in names], sorted(index, key=index.get))
 
 
 def read_image(path: str | os.PathLike) -> torch.Tensor:
@@ -684,7 +688,9 @@ def read_image(path: str | os.PathLike) -> torch.Tensor:
     orientation left as stored. ValueError names a file that cannot be read."""
     with _reading(path), PIL.Image.open(path) as image:
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
-            pixels = np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            pixels = np.repeat(
+                (np.array(image).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2
+            )
         else:
             pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -816,9 +822,7 @@ def _draw(rng, shape: str, num_frames: int = 1, motion=(0, 0, 0, 0), angle: floa
     """One large shape on a smooth background, each a gradient of two colours: (T, 72, 96, 3) uint8."""
     height, width = 72, 96
     y, x = np.mgrid[:height, :width] - np.array([height / 2, width / 2])[:, None, None]
-    at = (
-        np.linspace(-0.5, 0.5, num_frames)[:, None, None] if num_frames > 1 else np.zeros((1, 1, 1))
-    )
+    at = np.linspace(-0.5, 0.5, num_frames)[:, None, None] * (num_frames > 1)  # (T, 1, 1)
     x0 = rng.uniform(-14, 14) + 32 * motion[0] * at
     y0 = rng.uniform(-8, 8) + 26 * motion[1] * at
     size = rng.uniform(20, 28) * np.exp(motion[2] * at)
@@ -891,6 +895,7 @@ def write_demo_data(
             list(pool.map(write_video, range(videos + val_videos)))
             list(pool.map(lambda i: write_image("train", i), range(images)))
             list(pool.map(lambda i: write_image("val", i), range(val_images)))
+        work.chmod(0o755)
         work.rename(root)
     finally:
         shutil.rmtree(work, ignore_errors=True)

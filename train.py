@@ -39,18 +39,15 @@ from torchvision.transforms import InterpolationMode, v2
 import omnimae
 
 KINDS = ("images", "videos")
-# options under which a run may go on with other values
-FREE = {
+# options that may change when a run goes on
+RESUMABLE = {
     "images", "videos", "out", "device", "dtype", "micro_batch", "compile", "checkpoint_activations",
     "workers", "log_every", "save_minutes",
 }  # fmt: skip
 
 
-ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # torchrun's
-
-
 def seed_all(*key: int) -> None:
-    """Make every random number that follows a function of `key` alone."""
+    """Seed PyTorch, so that what is drawn from now on depends on `key` alone."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
@@ -72,8 +69,9 @@ class Steps:
     """The order of a run, for a DataLoader's `batch_sampler`: from step `start` on, this rank's
     micro-batches, each a list of (kind, epoch, index of the file, first view, number of views).
 
-    An epoch counts every file once; a step is all images or all videos, in one random order that
-    all ranks compute alike. A file gives several views, so that many times fewer are decoded.
+    An epoch has as many views as there are files: every image once, or, with 4 views of each, a
+    quarter of the videos. A step is all images or all videos, in one random order that all ranks
+    compute alike. A file is decoded once for all its views.
     """
 
     def __init__(self, sizes: dict, views: dict, batch: int, epochs: int, seed: int):
@@ -105,7 +103,7 @@ class Steps:
         """The samples of all ranks. A data set smaller than a step is taken several times over."""
         epoch, kind, before = self.at(step)
         num, views = self.sizes[kind], self.views[kind]
-        order = np.random.default_rng([self.seed, epoch, KINDS.index(kind)]).permutation(num)
+        order = np.random.default_rng([self.seed, epoch, 1 + KINDS.index(kind)]).permutation(num)
         files = self.batch // views
         return [
             (kind, epoch, int(order[at % num]), at // num * views, views)
@@ -171,9 +169,7 @@ class Views(Dataset):
         paths that could not be read."""
         kind, epoch, index, first, views = sample
         media, _, unreadable = self.find(sample)
-        t, h, w = self.cfg.grid
-        grid = (1 if kind == "images" else t, h, w)
-        ratio = self.cfg.image_mask_ratio if kind == "images" else self.cfg.video_mask_ratio
+        grid, ratio = self.cfg.masking(kind)
         pixels, visible = [], []
         for view in range(first, first + views):
             seed_all(self.seed, epoch, index, KINDS.index(kind), view)
@@ -192,15 +188,17 @@ def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     return torch.stack(pixels).movedim(-1, 1), torch.stack(visible), unreadable
 
 
+def ignore_signals(_worker: int) -> None:
+    """In a loader's worker: a signal to the whole group is for the main process to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, collate) -> DataLoader:
     """One pool of workers for both kinds; `steps` says what each batch holds."""
 
-    def deaf(_):  # a signal to the whole group is for the main process to answer
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
     pin = device.type == "cuda"
-    return DataLoader(dataset, batch_sampler=steps, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=deaf)  # fmt: skip
+    return DataLoader(dataset, batch_sampler=steps, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=ignore_signals)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,8 +210,13 @@ class Run:
     which rank 0 writes. Finetuning uses the same."""
 
     def __init__(self, args: argparse.Namespace):
-        env = {key: int(os.environ.get(key, default)) for key, default in ENVIRONMENT.items()}
-        self.rank, self.world, self.local = env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]
+        torchruns = (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("LOCAL_RANK", "0"),
+            ("LOCAL_WORLD_SIZE", "1"),
+        )
+        self.rank, self.world, self.local, near = (int(os.environ.get(*pair)) for pair in torchruns)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device, self.local if device == "cuda" else None)
         if device == "cuda":
@@ -225,7 +228,7 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        cores = len(os.sched_getaffinity(0)) // env["LOCAL_WORLD_SIZE"]
+        cores = len(os.sched_getaffinity(0)) // near
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
 
         self.dtype = choose_dtype(args.dtype, self.device, args.model)
@@ -247,11 +250,13 @@ class Run:
             dist.all_reduce(values)
         return values.tolist()
 
-    def spread(self, model: torch.nn.Module, compress: bool = False) -> torch.nn.Module:
+    def parallel(self, model: torch.nn.Module, compress: bool = False) -> torch.nn.Module:
         """The model as all ranks train it together."""
         if self.world == 1:
             return model
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         if compress:
             model.register_comm_hook(None, bf16_compress_hook)
         return model
@@ -305,6 +310,8 @@ class Run:
             self.lock.truncate(0)
             json.dump(vars(args), self.lock, indent=1)
             self.lock.flush()
+        if self.sum(self.step)[0] != self.step * self.world:
+            raise ValueError(f"not all machines see the same {path}: --out must be a shared folder")
         return file
 
     def save(self, model, optimizer, name: str = "last.pt", **more) -> None:
@@ -315,6 +322,11 @@ class Run:
                 "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "step": self.step, "read": self.read, "unreadable": self.unreadable, **more,
             }  # fmt: skip
+            if not all(value.isfinite().all() for value in state["model"].values()):
+                raise FloatingPointError(
+                    f"step {self.step} made weights that are not finite, so the run ends here; what is "
+                    "saved is of an earlier step: try a lower --lr or --dtype float32"
+                )
             replace_file(self.out / name, lambda file: torch.save(state, file))
         self.saved = time.monotonic()
 
@@ -379,8 +391,8 @@ class Run:
         return total
 
     def agree(self, loss: torch.Tensor, files: int, pause: bool) -> float | None:
-        """After a step that read `files` files: what all ranks must know alike. At a pause (to log,
-        to save, to stop) waits for the device and gives the mean loss; else None."""
+        """After a step that read `files` files: sum flags and counts over the ranks, so that all log,
+        save, stop or fail together. At such a pause, wait for the device and give the mean loss."""
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
         self.stop, self.due, lost = self.sum(self.signalled, due, self.lost)
         self.read, self.unreadable, self.lost = self.read + files, self.unreadable + int(lost), 0
@@ -395,7 +407,7 @@ class Run:
                 )
             return mean
         # The loss of the step before has arrived by now: looking at it does not stall the GPU, and
-        # keeps the host from running ahead, so that "waiting for data" means that the GPU waits too.
+        # keeps the host at most one step ahead, so that it seldom waits for data while the GPU works.
         arrived = torch.cuda.Event() if self.device.type == "cuda" else None
         self.pending.append((self.step, loss.to("cpu", non_blocking=True), arrived))
         if arrived:
@@ -427,12 +439,14 @@ def check_finite(step: int, loss: float | torch.Tensor, arrived: torch.cuda.Even
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"the loss of step {step} is {float(loss)}, so the run ends here; what is saved is of an "
-            "earlier, good step: try a lower --lr or --dtype float32"
+            "earlier step: try a lower --lr or --dtype float32"
         )
 
 
 def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dtype:
     """What matrix products are computed in: bfloat16 where the device has it, else float16."""
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("float16 is for GPUs: give --dtype bfloat16 or float32 on a CPU")
     if name or model == "demo":  # matrices this small gain nothing
         return getattr(torch, name or "float32")
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
@@ -440,9 +454,9 @@ def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dt
 
 
 def size_name(cfg: omnimae.OmniMAEConfig) -> str:
-    """ "vit_b" of a config of that size."""
+    """The name of a config's size, such as "vit_b"."""
     sizes = {(size.dim, size.image_size): name for name, size in omnimae.MODELS.items()}
-    return sizes[cfg.dim, cfg.image_size]
+    return sizes.get((cfg.dim, cfg.image_size), "other")
 
 
 def demo_data(kind: str, run: Run) -> str:
@@ -461,18 +475,16 @@ def demo_data(kind: str, run: Run) -> str:
 
 def count_flops(cfg: omnimae.OmniMAEConfig, kind: str, num_classes: int | None = None) -> int:
     """Floating-point operations of one view, forward and backward, pretraining or finetuning."""
-    shape = (1, 3, cfg.image_size, cfg.image_size)
-    if kind == "videos":
-        shape = (1, 3, cfg.num_frames, *shape[2:])
-    grid = cfg.grid if kind == "videos" else (1, *cfg.grid[1:])
-    ratio = cfg.video_mask_ratio if kind == "videos" else cfg.image_mask_ratio
-    num = math.prod(grid)
+    grid, ratio = cfg.masking(kind)
+    frames, num = cfg.num_frames if kind == "videos" else 1, math.prod(grid)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        if num_classes:
-            omnimae.Classifier(cfg, num_classes).to("meta")(torch.zeros(shape)).sum().backward()
-            return counter.get_total_flops()
+        x = torch.zeros(1, 3, frames, cfg.image_size, cfg.image_size)
         visible = torch.zeros(1, num - int(ratio * num), dtype=torch.int64)
-        omnimae.OmniMAE(cfg).to("meta")(torch.zeros(shape), visible)[0].backward()
+        if num_classes:
+            loss = omnimae.Classifier(cfg, num_classes).to("meta")(x).sum()
+        else:
+            loss = omnimae.OmniMAE(cfg).to("meta")(x, visible)[0]
+        loss.backward()
     return counter.get_total_flops()
 
 
@@ -559,7 +571,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
     add("--init", "start from a pretraining checkpoint: path or released name", metavar="NAME")
-    add = option_group(parser, "recipe: defaults are the paper's; --model demo or no data given: 8 epochs of batch 64")
+    add = option_group(parser, "recipe: defaults are the paper's; with the demo model or data 8 epochs of batch 64")
     add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
     add("--batch-size", "views a step, over all processes", type=positive, default=2048)
     add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 2e-3)", type=float)
@@ -573,7 +585,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     machine_options(parser)
     args, _ = parser.parse_known_args(argv)
-    if args.model == "demo" or not (args.images or args.videos):
+    if "demo" in (args.model, args.images, args.videos) or not (args.images or args.videos):
         parser.set_defaults(epochs=8, batch_size=64, micro_batch=16 if args.model != "demo" else 32)
     args = parser.parse_args(argv)
     if not (args.images or args.videos):
@@ -596,9 +608,8 @@ def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.Omn
     ratios = {"image_mask_ratio": cfg.image_mask_ratio, "video_mask_ratio": cfg.video_mask_ratio}
     if replace(loaded.cfg, **ratios) != cfg:
         raise ValueError(f"--init {name} is not a {model}, but {loaded.cfg}")
-    start = omnimae.OmniMAE(cfg)
-    start.load_state_dict(loaded.state_dict())
-    return start
+    loaded.cfg = cfg  # only the ratios differ
+    return loaded.train()
 
 
 def held_out_batches(cfg, sources: dict, seed: int) -> dict:
@@ -610,6 +621,7 @@ def held_out_batches(cfg, sources: dict, seed: int) -> dict:
             paths = omnimae.list_media(root, kind, "val").paths
         except (ValueError, OSError):
             paths = omnimae.list_media(root, kind).paths
+            print(f"{root} has no validation part: its held-out loss is of files trained on")
         views = Views(cfg, {kind: paths}, seed, held_out=True)
         num = min(len(paths), 32 if kind == "images" else 8)
         at = np.linspace(0, len(paths) - 1, num).astype(int)
@@ -617,8 +629,9 @@ def held_out_batches(cfg, sources: dict, seed: int) -> dict:
     return batches
 
 
+@torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
 @torch.no_grad()
-def look(model: omnimae.OmniMAE, held_out: dict, run: Run) -> None:
+def show_held_out(model: omnimae.OmniMAE, held_out: dict, run: Run) -> None:
     """Held-out losses, and pictures of the same image and clip as ever."""
     shown = []
     for kind, (pixels, visible, _) in held_out.items():
@@ -627,7 +640,7 @@ def look(model: omnimae.OmniMAE, held_out: dict, run: Run) -> None:
             loss, _, mask = model(x, visible.to(run.device))
             picture = omnimae.draw_reconstruction(model, x[0], mask[0])
         patches, _ = omnimae.to_patches(x, model.cfg)
-        target, _, _ = omnimae.normalize_patches(omnimae.target_pixels(patches[mask][None]))
+        target, _, _ = omnimae.normalize_patches(omnimae.denormalize(patches[mask][None]))
         loss, zero = loss.item(), target.square().mean().item()
         (run.out / "pictures").mkdir(exist_ok=True)
         picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
@@ -666,13 +679,13 @@ def main(args: argparse.Namespace) -> None:
         [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True,
     )  # fmt: skip
-    run.open(args, FREE, {"files": sizes}, model, optimizer)
+    run.open(args, RESUMABLE, {"files": sizes}, model, optimizer)
     if args.compile:
         model.compile(dynamic=False)  # once for images and once for clips
-    spread = run.spread(model, args.compress_gradients)
+    parallel = run.parallel(model, args.compress_gradients)
 
     def loss_of(pixels, visible):
-        return spread(omnimae.normalize(pixels), visible)[0]
+        return parallel(omnimae.normalize(pixels), visible)[0]
 
     # What the machine can do
     rate = matmul_rate(run.device, run.dtype) * run.world
@@ -694,7 +707,7 @@ def main(args: argparse.Namespace) -> None:
         lr = learning_rate(run.step, steps.total, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = run.update(loss_of, spread, optimizer, batches, steps.accumulate)
+        loss = run.update(loss_of, parallel, optimizer, batches, steps.accumulate)
         run.views += args.batch_size
         run.work += args.batch_size * flops[kind]
 
@@ -704,22 +717,29 @@ def main(args: argparse.Namespace) -> None:
         mean = run.agree(loss, args.batch_size // views[kind], log_now or look_now)
         if log_now:
             run.report(epoch, kind, mean, lr)
-        if look_now and run.rank == 0:
-            look(model, held_out, run)
+        if look_now:
+            if run.rank == 0:
+                show_held_out(model, held_out, run)
+            run.begin_window()
         if run.stop or run.due or last:
             run.save(model, optimizer)
     if run.step < steps.total:
         run.print(f"stopped and saved after step {run.step:,}; the same command goes on from there")
     else:
         run.print(f"all {steps.total:,} steps are done: {run.out}/last.pt is the model")
-    if run.world > 1:
-        dist.destroy_process_group()
+
+
+def run_script(main, parse_args) -> None:
+    """What a user can cause ends in a sentence, not in a traceback."""
+    try:
+        main(parse_args())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main, parse_args)
