@@ -752,14 +752,10 @@ def pretrain(demo, tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def torchrun(processes: int, *options, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
-    if processes > 1:
-        command += ["--master_port", 29500 + os.getpid() % 1000]
-    command += [HERE / "train.py", *options]
-    return subprocess.run(
-        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False
-    )
+def torchrun(processes: int, script: str, *options, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command = [str(word) for word in (*command, processes, HERE / script, *options)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -855,7 +851,7 @@ def test_processes_accumulation_and_workers_change_nothing(pretrain, demo, tmp_p
         assert_same_bits(one, pretrain("--workers", workers, out=f"workers{workers}"))
     accumulated = pretrain("--micro-batch", 4, out="accumulated")
     done = torchrun(
-        2, "--model", "demo", "--images", demo / "images", "--videos", demo / "videos", "--batch-size",
+        2, "train.py", "--model", "demo", "--images", demo / "images", "--videos", demo / "videos", "--batch-size",
         16, "--epochs", 1, "--log-every", 1, "--device", "cpu", "--workers", 1, "--out", "two", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -1389,17 +1385,11 @@ def test_each_file_counts_once_on_any_number_of_processes(demo, finetuning, tmp_
     files[0].write_bytes(b"broken")
     shown = []
     for processes in (1, 2, 3):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
-        if processes > 1:
-            command += ["--master_port", 29500 + os.getpid() % 1000]
         table = tmp_path / f"{processes}.csv"
-        command += [
-            HERE / "eval.py", "--checkpoint", out / "best.pt", "--images", tmp_path / "data", "--device",
-            "cpu", "--workers", 1, "--batch-size", 3, "--predictions", table,
-        ]  # fmt: skip
-        done = subprocess.run(
-            [str(word) for word in command], check=False, capture_output=True, text=True
-        )
+        done = torchrun(
+            processes, "eval.py", "--checkpoint", out / "best.pt", "--images", tmp_path / "data",
+            "--device", "cpu", "--workers", 0, "--batch-size", 3, "--predictions", table, cwd=tmp_path,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("cannot be read") == 1
         shown.append(done.stdout)
@@ -1514,9 +1504,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
         with pytest.raises(SystemExit):
             module.parse_args([str(option) for option in options])
         assert words in capsys.readouterr().err
-    for script in ("eval.py", "finetune.py"):
-        command = [sys.executable, HERE / script, "--checkpoint", "vit_b_x", "--images", "gone"]
-        done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stdout == ""
-        assert done.stderr.startswith(f"{script}: vit_b_x: no such file, and not a released")
-        assert done.stderr.count("\n") == 1
+    command = [sys.executable, HERE / "finetune.py", "--checkpoint", "vit_b_x", "--images", "gone"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("finetune.py: vit_b_x: no such file, and not a released")

@@ -13,6 +13,7 @@ processes nor of workers nor accumulation changes what a step sees.
 
 import argparse
 import fcntl
+import functools
 import json
 import math
 import os
@@ -65,6 +66,11 @@ def learning_rate(
 # Data: which samples a step takes, and the views that are cut from them
 
 
+@functools.lru_cache(maxsize=4)  # of the epoch: of its steps and of each kind's files
+def shuffled(num: int, *key: int) -> np.ndarray:
+    return np.random.default_rng(key).permutation(num)
+
+
 class Steps:
     """The order of a run, for a DataLoader's `batch_sampler`: from step `start` on, this rank's
     micro-batches, each a list of (kind, epoch, index of the file, first view, number of views).
@@ -96,14 +102,15 @@ class Steps:
     def at(self, step: int) -> tuple[int, str, int]:
         """A step's epoch, its kind, and how many steps of that kind the epoch had before."""
         epoch, i = divmod(step, len(self.kinds))
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.kinds)
-        return epoch, str(order[i]), int((order[:i] == order[i]).sum())
+        order = shuffled(len(self.kinds), self.seed, epoch)
+        kinds = [self.kinds[k] for k in order[: i + 1]]
+        return epoch, kinds[i], kinds[:i].count(kinds[i])
 
     def samples(self, step: int) -> list[tuple]:
         """The samples of all ranks. A data set smaller than a step is taken several times over."""
         epoch, kind, before = self.at(step)
         num, views = self.sizes[kind], self.views[kind]
-        order = np.random.default_rng([self.seed, epoch, 1 + KINDS.index(kind)]).permutation(num)
+        order = shuffled(num, self.seed, epoch, 1 + KINDS.index(kind))
         files = self.batch // views
         return [
             (kind, epoch, int(order[at % num]), at // num * views, views)
@@ -165,8 +172,8 @@ class Views(Dataset):
         raise ValueError(f"20 {kind} in a row cannot be read, the last: {unreadable[-1]}")
 
     def __getitem__(self, sample: tuple) -> tuple[list, list, list]:
-        """One file's views: pixels uint8, (H, W, 3) or (T, H, W, 3); visible indices (V,); and the
-        paths that could not be read."""
+        """One file's views: pixels uint8, (H, W, 3) or (T, H, W, 3); visible indices (V,); and
+        what could not be read."""
         kind, epoch, index, first, views = sample
         media, _, unreadable = self.find(sample)
         grid, ratio = self.cfg.masking(kind)
@@ -181,7 +188,7 @@ class Views(Dataset):
 
 
 def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Pixels uint8 (B, 3, H, W) or (B, 3, T, H, W), visible (B, V), unreadable paths."""
+    """Pixels uint8 (B, 3, H, W) or (B, 3, T, H, W), visible (B, V), what could not be read."""
     pixels, visible, unreadable = (
         [x for group in groups for x in group] for groups in zip(*samples)
     )
@@ -196,7 +203,6 @@ def ignore_signals(_worker: int) -> None:
 
 def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, collate) -> DataLoader:
     """One pool of workers for both kinds; `steps` says what each batch holds."""
-
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=steps, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=ignore_signals)  # fmt: skip
 
