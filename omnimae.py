@@ -114,9 +114,8 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
     """uint8, or floats in [0, 1], (B, 3, ...) -> ImageNet-normalised floats of the same shape."""
     if x.ndim < 4 or x.shape[1] != 3:
         raise ValueError(f"got shape {tuple(x.shape)}; expected (B, 3, H, W) or (B, 3, T, H, W)")
-    mean, std = (
-        v.to(x.device, non_blocking=True).view(3, *[1] * (x.ndim - 2)) for v in (MEAN, STD)
-    )
+    shape = (3, *[1] * (x.ndim - 2))  # the channel is second
+    mean, std = (v.to(x.device, non_blocking=True).view(shape) for v in (MEAN, STD))
     x = x / 255 if x.dtype == torch.uint8 else x
     return (x - mean) / std
 
@@ -131,7 +130,7 @@ def to_patches(x: torch.Tensor, cfg: OmniMAEConfig) -> tuple[torch.Tensor, tuple
     t, h, w = cfg.patch_size
     clip = (cfg.num_frames, cfg.image_size, cfg.image_size)
     wanted = f"expected ImageNet-normalised floats, images (B, 3, H, W) or clips (B, 3, {clip[0]}, {clip[1]}, {clip[2]})"  # fmt: skip
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    if not x.is_floating_point():
         raise ValueError(f"got {x.dtype}; {wanted}: omnimae.normalize() makes them from uint8")
     if x.ndim not in (4, 5) or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"got shape {tuple(x.shape)}; {wanted}")
@@ -379,9 +378,8 @@ class Decoder(nn.Module):
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
         mask_tokens = self.embed(self.mask_token + positions)  # (N, D'), the same for every sample
-        x = torch.cat(
-            [x, F.embedding(masked, mask_tokens)], dim=1
-        )  # (B, N, D'); faster than [masked]
+        mask_tokens = F.embedding(masked, mask_tokens)  # (B, M, D'); [masked] has a slow backward
+        x = torch.cat([x, mask_tokens], dim=1)  # (B, N, D')
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
         return self.head(self.norm(x))  # (B, M, P)
 
@@ -411,8 +409,8 @@ class OmniMAE(nn.Module):
         patches, grid = to_patches(x, self.cfg)  # (B, N, P)
         if mask is None:
             _, ratio = self.cfg.masking("images" if grid[0] == 1 else "videos")
-            mask = random_mask(len(x), grid, ratio).to(x.device)
-        visible, masked, mask = split_mask(mask, *patches.shape[:2])
+            mask = random_mask(len(x), grid, ratio)
+        visible, masked, mask = split_mask(mask.to(x.device), *patches.shape[:2])
         tokens = self.norm(self.encoder(patches, grid, visible))  # (B, V, D)
         pred = self.decoder(tokens, grid, visible, masked).float()  # (B, M, P)
         target, _, _ = normalize_patches(denormalize(take(patches, masked).float()))  # (B, M, P)
