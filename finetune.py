@@ -13,7 +13,6 @@ RandAugment and erased boxes, of (seed, step, rank, micro-batch) for drop path, 
 """
 
 import argparse
-import sys
 
 import numpy as np
 import torch
@@ -301,9 +300,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"finetune.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    train.run_script("finetune.py", main, parse_args())

@@ -527,11 +527,13 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     path = _fetch(str(name))
     file = read_checkpoint(path)
     state = file.get("model", file)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path}: not an OmniMAE checkpoint: it holds more than tensors")
     if "settings" not in file:
         state = convert_released(state)
-    if "encoder.patch_embed.weight" not in state:
+    if getattr(state.get("encoder.patch_embed.weight"), "ndim", 0) != 2:
         raise ValueError(f"{path}: not an OmniMAE checkpoint: it has no patch embedding")
     cfg = OmniMAEConfig(**file["config"]) if "settings" in file else _released_config(path, state)
     with torch.device("meta"):  # no memory, no initialisation: the file's tensors take the place

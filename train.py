@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -414,6 +415,9 @@ def replace_file(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps what the file system said
+        reason = error.__context__ or error
+        raise OSError(f"{path} cannot be written, and stays as it was: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -433,10 +437,28 @@ def check_finite(step: int, loss: float | torch.Tensor, arrived: torch.cuda.Even
 
 def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dtype:
     """What matrix products are computed in: bfloat16 where the device has it, else float16."""
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("--dtype float16 is for GPUs without bfloat16: give bfloat16 or float32")
     if name or model == "demo":  # matrices this small gain nothing
         return getattr(torch, name or "float32")
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return torch.float16 if old else torch.bfloat16
+
+
+def run_script(name: str, main, args: argparse.Namespace) -> None:
+    """A script's last line: a user's mistake is one sentence, and no error waits for the loader's
+    workers, which are deaf to the signal with which an interpreter that exits would end them."""
+    try:
+        return main(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def size_name(cfg: omnimae.OmniMAEConfig) -> str:
@@ -717,9 +739,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script("train.py", main, parse_args())
