@@ -604,6 +604,7 @@ def _released_config(path: Path, state: dict[str, torch.Tensor]) -> OmniMAEConfi
 # Media: data sets as people download them, images and clips
 
 CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
+MAX_PIXELS = 2**27  # of an image; of a clip's frames, which wait decoded to be chosen from, 16 times
 
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
@@ -681,10 +682,20 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read: {reason}") from error
 
 
+def _check_size(width: int, height: int) -> None:
+    """A broken header can claim any size, and a line of pixels fills the memory when resized."""
+    if width * height > MAX_PIXELS or max(width, height) > 100 * min(width, height):
+        raise ValueError(
+            f"its size is {width} x {height}: expected at most {MAX_PIXELS:,} pixels, and at most "
+            "100 times as long as wide"
+        )
+
+
 def read_image(path: str | os.PathLike) -> torch.Tensor:
     """uint8 (3, H, W), always RGB: grey and CMYK converted, 16 bit cut to 8, alpha dropped, EXIF
     orientation left as stored. ValueError names a file that cannot be read."""
     with _reading(path), PIL.Image.open(path) as image:
+        _check_size(*image.size)
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
             pixels = np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         else:
@@ -726,7 +737,13 @@ class Video(AbstractContextManager):
         """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds from
         the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
         with _reading(self.path):
-            frames = list(self._window(start, start + duration))
+            frames, total = [], 0
+            for frame in self._window(start, start + duration):
+                _check_size(frame.width, frame.height)
+                total += frame.width * frame.height
+                if total > 16 * MAX_PIXELS:
+                    raise ValueError(f"more than {len(frames)} large frames in {duration} s")
+                frames.append(frame)
             if not frames:
                 raise ValueError(f"no frame between {start:.3f} and {start + duration:.3f} s")
             index = np.linspace(0, len(frames) - 1, num_frames).astype(int)

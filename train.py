@@ -454,7 +454,7 @@ def run_script(name: str, main, args: argparse.Namespace) -> None:
         print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         os._exit(130)
-    except Exception:
+    except Exception:  # noqa: BLE001 (shown whole)
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
