@@ -311,6 +311,11 @@ class Run:
     def save(self, model, optimizer, name: str = "last.pt", **more) -> None:
         """Atomically: whenever a run is killed, the old file or the new one is there, whole."""
         if self.rank == 0:
+            if not all(weights.isfinite().all() for weights in model.parameters()):
+                raise FloatingPointError(
+                    f"weights after step {self.step} are not finite, so the run ends here; what is saved "
+                    "is of an earlier, good step: try a lower --lr or --dtype float32"
+                )
             state = {
                 "config": asdict(model.cfg), "model": model.state_dict(), "settings": self.settings,
                 "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
@@ -416,7 +421,7 @@ def replace_file(path: Path, write) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps what the file system said
-        reason = error.__context__ or error
+        reason = error if isinstance(error, OSError) else error.__context__
         raise OSError(f"{path} cannot be written, and stays as it was: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
