@@ -530,11 +530,13 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     path = _fetch(str(name))
     file = read_checkpoint(path)
     state = file.get("model", file)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path}: not an OmniMAE checkpoint: it holds more than tensors")
     if "settings" not in file:
         state = convert_released(state)
-    if "encoder.patch_embed.weight" not in state:
+    if getattr(state.get("encoder.patch_embed.weight"), "ndim", 0) != 2:
         raise ValueError(f"{path}: not an OmniMAE checkpoint: it has no patch embedding")
     try:
         cfg = (
@@ -606,6 +608,9 @@ def _released_config(path: Path, state: dict[str, torch.Tensor]) -> OmniMAEConfi
 # Media: data sets as people download them, images and clips
 
 CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
+MAX_PIXELS = (
+    2**27
+)  # of an image; of a clip's frames, which wait decoded to be chosen from, 16 times
 
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
@@ -681,10 +686,20 @@ def _list_ssv2(root: Path, split: str) -> Listing:
     return Listing(paths, [index[name] for name in names], sorted(index, key=index.get))
 
 
+def _check_size(width: int, height: int) -> None:
+    """A broken header can claim any size, and a line of pixels fills the memory when resized."""
+    if width * height > MAX_PIXELS or max(width, height) > 100 * min(width, height):
+        raise ValueError(
+            f"its size is {width} x {height}: expected at most {MAX_PIXELS:,} pixels, and at most "
+            "100 times as long as wide"
+        )
+
+
 def read_image(path: str | os.PathLike) -> torch.Tensor:
     """uint8 (3, H, W), always RGB: grey and CMYK converted, 16 bit cut to 8, alpha dropped, EXIF
     orientation left as stored. ValueError names a file that cannot be read."""
     with _reading(path), PIL.Image.open(path) as image:
+        _check_size(*image.size)
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
             pixels = np.repeat(
                 (np.array(image).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2
@@ -728,7 +743,13 @@ class Video(AbstractContextManager):
         """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds from
         the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
         with _reading(self.path):
-            frames = list(self._window(start, start + duration))
+            frames, total = [], 0
+            for frame in self._window(start, start + duration):
+                _check_size(frame.width, frame.height)
+                total += frame.width * frame.height
+                if total > 16 * MAX_PIXELS:
+                    raise ValueError(f"more than {len(frames)} large frames in {duration} s")
+                frames.append(frame)
             if not frames:
                 raise ValueError(f"no frame between {start:.3f} and {start + duration:.3f} s")
             index = np.linspace(0, len(frames) - 1, num_frames).astype(int)

@@ -7,10 +7,16 @@ import csv
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import time
+import zlib
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +35,7 @@ import train
 from omnimae import MODELS, Classifier, OmniMAE, OmniMAEConfig, random_mask
 
 HERE = Path(__file__).parent
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: SLOW=1 pytest")
 TINY = OmniMAEConfig(
     image_size=32, num_frames=4, patch_size=(2, 8, 8), dim=64, depth=2, heads=4,
     decoder_dim=32, decoder_depth=2, decoder_heads=4,
@@ -1507,3 +1514,629 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("finetune.py: vit_b_x: no such file, and not a released")
+
+
+# ------------------------------------------------------------------------------------------------
+# Faults: what happens to a run, and to the files that it reads
+
+
+def start(script: str, *options, processes: int = 0, **more) -> subprocess.Popen:
+    """A real process; `processes`: torchrun of so many. What it says goes to one pipe."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", processes]
+        command += ["--master_port", 29500 + os.getpid() % 1000, *more.pop("torchrun", ())]
+    command = [str(word) for word in [*command, HERE / script, *options]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **more
+    )  # fmt: skip
+
+
+def pretraining(demo: Path, out: Path, *options) -> tuple:
+    data = ("--images", demo / "images", "--videos", demo / "videos")
+    return (
+        "train.py", "--model", "demo", *data, "--batch-size", 16, "--micro-batch", 8, "--epochs", 2,
+        "--workers", 1, "--log-every", 1, "--device", "cpu", "--save-minutes", 0, "--out", out, *options,
+    )  # fmt: skip
+
+
+def finetuning_images(demo: Path, out: Path, *options) -> tuple:
+    return (
+        "finetune.py", "--checkpoint", "scratch", "--model", "demo", "--images", demo / "images",
+        "--batch-size", 16, "--augment", "full", "--drop-path", 0.2, "--epochs", 3, "--workers", 1,
+        "--log-every", 1, "--device", "cpu", "--save-minutes", 0, "--out", out, *options,
+    )  # fmt: skip
+
+
+def wait_until(process: subprocess.Popen, moment) -> bool:
+    """Until moment() is true: True; until the process has ended: False."""
+    while process.poll() is None:
+        if moment():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def steps_logged(out: Path) -> int:
+    """The last step with a loss in the log, 0 for none."""
+    text = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+    return max((json.loads(x)["step"] for x in text.splitlines() if x.endswith("}") and '"loss"' in x), default=0)  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended meanwhile
+            pass
+    return found
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same bits, the same log but for times, and nothing left over."""
+    assert_same_bits(one, other)
+    times = ("views_per_second", "data_wait", "utilisation", "memory_gb")
+    logs = []
+    for run in (one, other):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in line.items() if k not in times} for line in lines])
+    assert logs[0] == logs[1]
+    files = [{str(p.relative_to(run)) for p in run.rglob("*")} for run in (one, other)]
+    assert files[0] == files[1] and not any(name.endswith(".tmp") for name in files[0])
+
+
+@slow
+@pytest.mark.parametrize("command", [pretraining, finetuning_images])
+def test_a_run_killed_ten_times_ends_with_the_same_bits(demo, tmp_path, command):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    process = start(*command(demo, whole))
+    assert "are done" in process.communicate()[0]
+    last = steps_logged(whole)
+    rng = np.random.default_rng(0)
+    temporary, began = out / "last.pt.tmp", (lambda: (out / "args.json").exists())
+
+    def after(step):  # and a little
+        return lambda: steps_logged(out) >= step and not time.sleep(rng.uniform(0, 0.3))
+
+    def decoding():  # a worker has just started
+        return bool(children(process.pid)) and not time.sleep(rng.uniform(0, 0.1))
+
+    moments = [
+        began, decoding, decoding, temporary.exists, after(1), temporary.exists, after(2), after(3),
+        temporary.exists, after(last - 1), lambda: steps_logged(out) >= last,
+    ]  # fmt: skip
+    killed = half_written = 0
+    for moment in moments:
+        process = start(*command(demo, out))
+        if wait_until(process, moment):
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+        half_written += temporary.exists()
+        process.stdout.close()
+    assert killed >= 10 and half_written >= 1
+    assert "are done" in start(*command(demo, out)).communicate()[0]
+    assert_same_run(whole, out)
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_ends_within_seconds(demo, tmp_path, number):
+    options = ("--save-minutes", 100, "--epochs", 4)
+    assert "are done" in start(*pretraining(demo, tmp_path / "whole", *options)).communicate()[0]
+    for processes, out in ((0, tmp_path / "one"), (2, tmp_path / "two")):
+        command = pretraining(demo, out, *options)
+        process = start(*command, processes=processes)
+        assert wait_until(process, lambda out=out: steps_logged(out) >= 2)
+        sent = time.monotonic()
+        process.send_signal(number)
+        said = process.communicate()[0]
+        assert time.monotonic() - sent < 15
+        assert "stopped and saved after step" in said, said
+        assert omnimae.read_checkpoint(out / "last.pt")["step"] < 20
+        assert "going on after step" in start(*command, processes=processes).communicate()[0]
+    assert_same_run(tmp_path / "whole", tmp_path / "one")
+    assert log(tmp_path / "two") == pytest.approx(log(tmp_path / "whole"), rel=1e-5)
+
+
+@slow
+def test_a_lost_process_is_named_or_replaced(demo, tmp_path):
+    assert "are done" in start(*pretraining(demo, tmp_path / "whole"), processes=2).communicate()[0]
+    for restarts in (0, 1):
+        out = tmp_path / f"restarts{restarts}"
+        command = pretraining(demo, out)
+        process = start(*command, processes=2, torchrun=("--max-restarts", restarts))
+        assert wait_until(process, lambda out=out: steps_logged(out) >= 3)
+        ranks = [pid for pid in children(process.pid) if rank_of(pid) == "1"]
+        os.kill(ranks[0], signal.SIGKILL)
+        killed = time.monotonic()
+        said = process.communicate(timeout=120)[0]
+        if restarts:
+            assert process.returncode == 0 and "going on after step" in said, said
+            assert_same_run(tmp_path / "whole", out)
+        else:
+            assert process.returncode != 0 and time.monotonic() - killed < 60
+            assert re.search(r"rank\s*: 1 ", said) and "Signal 9 (SIGKILL)" in said, said
+
+
+def rank_of(pid: int) -> str:
+    pairs = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+    return dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair).get(b"RANK", b"").decode()
+
+
+@slow
+def test_another_number_of_processes_on_resume_changes_no_loss(demo, tmp_path):
+    options = ("--epochs", 4)
+    assert "are done" in start(*pretraining(demo, tmp_path / "one", *options)).communicate()[0]
+    out = tmp_path / "changing"
+    for processes, until in ((2, 4), (1, 9), (2, math.inf)):
+        process = start(*pretraining(demo, out, *options), processes=processes)
+        if wait_until(process, lambda until=until: steps_logged(out) >= until):
+            process.send_signal(signal.SIGTERM)
+        said = process.communicate()[0]
+        assert ("stopped and saved" if until < 20 else "are done") in said, said
+    assert log(out, "step") == log(tmp_path / "one", "step")
+    assert log(out) == pytest.approx(log(tmp_path / "one"), rel=1e-5)
+    assert log(out, "unreadable") == log(tmp_path / "one", "unreadable")
+
+
+def bad_checkpoints(good: Path, folder: Path) -> dict[str, bytes]:
+    """Broken contents of a checkpoint; the code in one makes the file `ran`."""
+
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch '{folder / 'ran'}'",)
+
+    whole = good.read_bytes()
+    contents = {f"{tenth} tenths": whole[: len(whole) * tenth // 10] for tenth in range(10)}
+    contents |= {"no end": whole[:-1], "zeros": bytes(len(whole)), "text": b"<html>404</html>"}
+    for name, content in {
+        "code": omnimae.read_checkpoint(good) | {"more": Code()}, "list": [1], "numbers": {1: 2},
+        "numbered": {1: torch.zeros(2, 2)}, "scalar": {"encoder.patch_embed.weight": torch.tensor(1)},
+        "small": released_state(released_shapes(TINY, None)),
+    }.items():  # fmt: skip
+        torch.save(content, folder / "content")
+        contents[name] = (folder / "content").read_bytes()
+    return contents
+
+
+@slow
+def test_a_bad_checkpoint_is_refused_and_left_as_it_is(pretrain, finetuning, tmp_path):
+    runs = [(pretrain(out="pretrained"), pretrain), (finetuning(out="tuned"), finetuning)]
+    for run, again in runs:
+        for name, content in bad_checkpoints(run / "last.pt", tmp_path).items():
+            (run / "last.pt").with_name("good.pt").write_bytes((run / "last.pt").read_bytes())
+            (run / "last.pt").write_bytes(content)
+            for attempt in (
+                lambda run=run, again=again: again(out=run.name),
+                lambda run=run: pretrain("--init", run / "last.pt", out="new"),
+                lambda run=run: finetuning(start=(run / "last.pt",), out="new"),
+            ):
+                with pytest.raises(ValueError, match="last.pt") as error:
+                    attempt()
+                assert "\n" not in str(error.value), name
+            assert (run / "last.pt").read_bytes() == content
+            (run / "good.pt").replace(run / "last.pt")
+        assert_same_bits(run, again(out=run.name))
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"is of a run with .* choose another --out"):
+        pretrain(out="tuned")
+    with pytest.raises(ValueError, match=r"is of a run with .* choose another --out"):
+        finetuning(out="pretrained")
+
+
+@slow
+def test_other_settings_are_named_when_they_change_the_result(pretrain, finetuning):
+    pretrain(out="pretrained")
+    finetuning(out="tuned")
+    both = (
+        ("--seed", 1), ("--lr", 0.5), ("--epochs", 3), ("--batch-size", 8, "--micro-batch", 8),
+        ("--weight-decay", 0.5), ("--dtype", "bfloat16"),
+    )  # fmt: skip
+    own = (
+        (pretrain, "pretrained", (("--mask", "tube"), ("--video-views", 2), ("--image-mask-ratio", 0.5))),
+        (finetuning, "tuned", (("--layer-decay", 0.5), ("--drop-path", 0.5), ("--freeze",), ("--augment", "full"))),
+    )  # fmt: skip
+    for run, out, more in own:
+        for option, *value in (*both, *more):
+            name = "precision" if option == "--dtype" else option[2:].replace("-", "_")
+            with pytest.raises(ValueError, match=f"of a run with {name} .*choose another --out"):
+                run(option, *value, out=out)
+
+
+@contextmanager
+def file_size_limit(size: int):
+    """As on a full disk: no file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    state = {str(i): torch.full((10_000,), float(i)) for i in range(50)}
+    train.replace_file(path, lambda file: torch.save({"kept": torch.ones(3)}, file))
+    before = path.read_bytes()
+    for size in (0, 10, 30_000, 100_000, 1_000_000, 1_999_999):
+        with (
+            file_size_limit(size),
+            pytest.raises(OSError, match=r"last.pt cannot be written.*File too large") as error,
+        ):
+            train.replace_file(path, lambda file: torch.save(state, file))
+        assert "\n" not in str(error.value)
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@slow
+@pytest.mark.parametrize("command", [pretraining, finetuning_images])
+def test_a_run_on_a_full_disk_ends_in_a_sentence_and_goes_on_later(demo, tmp_path, command):
+    whole, out = tmp_path / "whole", tmp_path / "full"
+    start(*command(demo, whole)).communicate()
+    process = start(*command(demo, out))
+    assert wait_until(process, lambda: steps_logged(out) >= 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    before = (out / "last.pt").read_bytes()
+
+    with file_size_limit(5_000_000):  # for this process and the one it starts
+        process = start(*command(demo, out))
+        said = process.communicate(timeout=100)[0]  # with loader workers, for which nothing waits
+    assert process.returncode == 1
+    assert said.splitlines()[-1].startswith(f"{command(demo, out)[0]}: {out}"), said
+    assert "cannot be written, and stays as it was: [Errno 27] File too large" in said
+    assert "Traceback" not in said
+    assert (out / "last.pt").read_bytes() == before
+    omnimae.load_checkpoint(out / "last.pt")
+    assert not list(out.glob("*.tmp"))
+    assert "are done" in start(*command(demo, out)).communicate()[0]
+    assert_same_run(whole, out)
+
+
+def test_a_folder_that_cannot_be_written_is_named(pretrain, tmp_path):
+    (tmp_path / "file").touch()
+    for out in ("file/run", "/proc/run"):
+        with pytest.raises(OSError, match=out):
+            pretrain(out=out)
+
+
+def encode(path: Path, frames: np.ndarray, codec="libx264", pix_fmt="yuv420p", format=None) -> Path:
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=12)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def with_timestamps(webm: bytes, times) -> bytes:
+    """The blocks of a .webm at other times: duplicate or decreasing ones, which no muxer writes."""
+    block, content = (
+        rb"\xa3(?:[\x81-\xfe]|[\x40-\x7f].|[\x20-\x3f]..)\x81(..)[\x00\x80]",
+        bytearray(webm),
+    )
+    starts = [match.start(1) for match in re.finditer(block, webm, re.DOTALL)]
+    for i, at in enumerate(starts):
+        content[at : at + 2] = struct.pack(">h", times(i))
+    return bytes(content)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+
+
+def write_corpus(folder: Path) -> dict[str, tuple | None]:
+    """Over 150 broken and odd files, and of those whose reading has one right end, that: a shape, or
+    None for an error. The others may end either way."""
+    folder.mkdir()
+    ends, good, rng = {}, {}, np.random.default_rng(0)
+
+    def put(name, content, *end):
+        (folder / name).write_bytes(content)
+        if end:
+            ends[name] = end[0]
+
+    for suffix, kind in (("jpg", "JPEG"), ("png", "PNG"), ("gif", "GIF"), ("webp", "WEBP"), ("tif", "TIFF")):  # fmt: skip
+        PIL.Image.fromarray(pixels_of("RGB")).save(folder / f"good.{suffix}", kind)
+        ends[f"good.{suffix}"] = (3, 40, 60)
+    for suffix, codec in (("webm", "libvpx-vp9"), ("mp4", "libx264")):
+        write_numbered(folder / f"good.{suffix}", num=24, codec=codec)
+        ends[f"good.{suffix}"] = (8, 3, 32, 64)
+    for suffix in ("jpg", "png", "gif", "webp", "tif", "webm", "mp4"):
+        content = good[suffix] = (folder / f"good.{suffix}").read_bytes()
+        for tenth in range(10):
+            put(f"cut{tenth}.{suffix}", content[: len(content) * tenth // 10], *[None][tenth:])
+        for i in range(8):
+            flipped = np.frombuffer(content, np.uint8).copy()
+            at = rng.integers(len(flipped), size=1 + 2 * i)
+            flipped[at] ^= (1 << rng.integers(8, size=len(at))).astype(np.uint8)
+            put(f"flip{i}.{suffix}", flipped.tobytes())
+        put(f"header.{suffix}", bytes(16) + content[16:])
+        put(f"zeros.{suffix}", bytes(len(content)), None)
+
+    # sizes that only a header has
+    for size in ((2**31 - 1, 2**31 - 1), (13000, 13000), (65500, 1), (1, 2**27), (0, 0)):
+        put(f"png{size[0]}x{size[1]}.png", png_of_size(*size), None)
+    at = good["jpg"].index(b"\xff\xc0") + 5
+    for size in ((65535, 65535), (1, 65535), (0, 0)):
+        put(f"jpg{size[0]}x{size[1]}.jpg", good["jpg"][:at] + struct.pack(">HH", *size) + good["jpg"][at + 4 :], None)  # fmt: skip
+    webm = good["webm"]
+    put(
+        "wide.webm", webm.replace(b"\xb0\x81\x40", b"\xb0\x81\xff"), (8, 3, 32, 64)
+    )  # a frame knows better
+    at = webm.index(b"\x49\x83\x42") + 3  # VP9's start code, then its frame's size from bit 4 on
+    for side in (16383, 65535):
+        bits = int.from_bytes(webm[at : at + 5], "big") & ~(0xFFFFFFFF << 4) | (
+            side << 20 | side << 4
+        )
+        put(f"vp9_{side}.webm", webm[:at] + bits.to_bytes(5, "big") + webm[at + 5 :], None)
+
+    # odd, but whole
+    put("duplicate.webm", with_timestamps(webm, lambda i: 0))
+    put("decreasing.webm", with_timestamps(webm, lambda i: 2000 - 80 * i))
+    put("negative.webm", with_timestamps(webm, lambda i: 80 * i - 1000))
+    frames = numbered(24)
+    for name, end, how in (
+        ("one_frame.webm", (8, 3, 32, 64), {"frames": frames[:1], "codec": "libvpx-vp9"}),
+        ("one_frame.mp4", (8, 3, 32, 64), {"frames": frames[:1]}),
+        ("no_frame.mkv", None, {"frames": frames[:0]}),
+        ("no_times.mp4", None, {"frames": frames, "format": "h264"}),
+        ("one_pixel.webm", (8, 3, 1, 1), {"frames": frames[:, :1, :1], "codec": "libvpx-vp9"}),
+        ("line.mkv", None, {"frames": frames[:, :1].repeat(3, 2), "codec": "ffv1"}),
+        ("ten_bits.mp4", (8, 3, 32, 64), {"frames": frames, "pix_fmt": "yuv420p10le"}),
+        ("grey.mp4", (8, 3, 32, 64), {"frames": frames, "pix_fmt": "gray"}),
+        ("alpha.webm", (8, 3, 32, 64), {"frames": frames, "codec": "libvpx-vp9", "pix_fmt": "yuva420p"}),
+    ):  # fmt: skip
+        encode(folder / name, **how)
+        ends[name] = end
+    write_numbered(folder / "variable.webm", 11, times=[0, 1, 2, 500, 900, 950, 1400, 2000, 2050, 2600, 3000])  # fmt: skip
+    mp4 = good["mp4"]
+    at = mp4.index(b"tkhd") + 44  # the matrix by which a player turns it
+    turned = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    put("turned.mp4", mp4[:at] + turned + mp4[at + 36 :], (8, 3, 32, 64))
+    with av.open(str(folder / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    PIL.Image.fromarray(pixels_of("RGB")[:1, :1]).save(folder / "one_pixel.png")
+    for name, end in (("audio.mp4", None), ("one_pixel.png", (3, 1, 1)), ("variable.webm", (8, 3, 32, 64))):  # fmt: skip
+        ends[name] = end
+    put("a_webm.mp4", webm, (8, 3, 32, 64))
+    put("a_png.jpg", good["png"], (3, 40, 60))
+    put("a_jpg.webm", good["jpg"])
+    put("a_webm.jpg", webm, None)
+    put("text.avi", b"not a video", None)
+    return ends
+
+
+READ_ALL = """
+import json, os, sys, time, warnings
+import omnimae, eval as evaluation
+def memory(field):
+    return int(open("/proc/self/status").read().split(field + ":")[1].split()[0]) / 1e3
+warnings.simplefilter("ignore")
+for path in sys.argv[1:] * 2:  # twice: what the first time makes is no leak
+    before = time.monotonic(), len(os.listdir("/proc/self/fd"))
+    try:
+        if evaluation.kind_of(path) == "videos":
+            end = tuple(omnimae.read_clip(path, 0.0, 2.7, 8).shape)
+        else:
+            end = tuple(omnimae.read_image(path).shape)
+    except ValueError as error:
+        assert path in str(error) and "\\n" not in str(error), error
+        end = None
+    seconds, leaked = time.monotonic() - before[0], len(os.listdir("/proc/self/fd")) - before[1]
+    row = os.path.basename(path), end, seconds, leaked, memory("VmRSS"), memory("VmHWM")
+    print(json.dumps(row), flush=True)
+"""
+
+
+def test_broken_media_end_in_a_right_result_or_an_error_with_the_files_name(tmp_path):
+    ends = write_corpus(tmp_path / "corpus")
+    paths = sorted((tmp_path / "corpus").iterdir())
+    assert len(paths) > 150
+    done = subprocess.run(  # a process of its own, because a decoder could crash it
+        [sys.executable, "-c", READ_ALL, *map(str, paths)],
+        cwd=HERE, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 2 * len(paths)
+    for name, end, seconds, leaked, _, _ in rows:
+        assert seconds < 5 and leaked == 0, (name, seconds, leaked)
+        if name in ends:
+            assert end == (ends[name] and list(ends[name])), name
+    memory, peak = ([row[i] for row in rows] for i in (4, 5))
+    assert max(peak) - memory[0] < 300  # MB
+    assert memory[-1] - memory[len(paths)] < 30
+
+
+def test_an_epoch_with_a_twentieth_of_broken_files_finishes_and_counts_them(pretrain, demo, tmp_path):  # fmt: skip
+    write_corpus(tmp_path / "corpus")
+    shutil.copytree(demo, tmp_path / "data")
+    clips = tmp_path / "data/videos/20bn-something-something-v2"
+    broken = [
+        ("cut5.jpg", tmp_path / "data/images/train/ring/ring_4.JPEG"),
+        ("png1x134217728.png", tmp_path / "data/images/train/star/star_6.JPEG"),
+        ("cut2.webm", clips / "3.webm"), ("vp9_16383.webm", clips / "17.webm"),
+    ]  # fmt: skip
+    for name, path in broken:
+        shutil.copy(tmp_path / "corpus" / name, path)
+    data = ("--images", tmp_path / "data/images", "--videos", tmp_path / "data/videos")
+    out = pretrain("--video-views", 1, data=data)  # so that each clip is read
+    assert len(log(out)) == 5 and log(out, "unreadable")[-1] == len(broken)
+
+
+@pytest.fixture
+def overflow(monkeypatch):
+    """The gradient of one step is not finite, though its loss is."""
+
+    def at(call: int) -> None:
+        forward, calls = OmniMAE.forward, iter(range(1000))
+
+        def overflowing(self, x, mask=None):
+            loss, pred, mask = forward(self, x, mask)
+            if loss.requires_grad and x.device.type == "cpu" and next(calls) == call:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss, pred, mask
+
+        monkeypatch.setattr(OmniMAE, "forward", overflowing)
+
+    return at
+
+
+def test_a_step_that_the_scaler_skips_is_no_failure(pretrain, overflow, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device))
+    overflow(2)
+    out = pretrain()
+    file = omnimae.read_checkpoint(out / "last.pt")
+    assert file["scaler"]["scale"] == 2.0**15  # half of what it starts with
+    assert file["step"] == 5 and log(out, "step")[-1] == 5
+    assert all(value.isfinite().all() for value in file["model"].values())
+    assert {state["step"].item() for state in file["optimizer"]["state"].values()} == {4}
+
+
+def test_weights_that_are_not_finite_are_never_saved(pretrain, overflow, tmp_path):
+    overflow(2)
+    with pytest.raises(FloatingPointError, match="weights after step 3 are not finite"):
+        pretrain("--save-minutes", 0)
+    saved = omnimae.read_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 2
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_float16_is_refused_on_a_cpu(pretrain, finetuning):
+    for run in (pretrain, finetuning):
+        with pytest.raises(ValueError, match="float16 is for GPUs.*give bfloat16 or float32"):
+            run("--dtype", "float16")
+
+
+@slow
+def test_a_rate_is_never_asked_for_past_the_end(pretrain, finetuning, monkeypatch):
+    rate, asked = train.learning_rate, []
+    monkeypatch.setattr(
+        train, "learning_rate", lambda *args, **more: asked.append(args[:2]) or rate(*args, **more)
+    )
+    for run, total in ((pretrain, 5), (finetuning, 6)):
+        for _ in range(2):  # and not by a finished run that is started again
+            run(out=str(total))
+        assert asked == [(step, total) for step in range(total)]
+        asked.clear()
+
+
+@slow
+def test_a_long_run_stays_as_large_and_as_fast_as_it_was(demo, tmp_path):
+    out = tmp_path / "long"
+    options = ("--batch-size", 4, "--micro-batch", 4, "--epochs", 100, "--log-every", 20, "--save-minutes", 0.1)  # fmt: skip
+    process = start(*pretraining(demo, out, *options))
+    rows, later = [], 0.0
+
+    def sample():
+        nonlocal later
+        if time.monotonic() > later:
+            later = time.monotonic() + 0.5
+            try:
+                pids = [process.pid, *children(process.pid)]
+                pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+                files = max(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+                rows.append((steps_logged(out), pages * 4096 / 1e6, files))
+            except OSError:  # it has ended meanwhile
+                pass
+        return time.sleep(0.1)
+
+    wait_until(process, sample)
+    assert "all 2,000 steps are done" in process.communicate()[0]
+    step, memory, files = np.array([row for row in rows if 500 <= row[0] < 1990]).T
+    speed = log(out, "views_per_second")
+    growth = 1000 * np.polyfit(step, memory, 1)[0]  # MB in 1,000 steps
+    early, late = np.median(speed[10:50]), np.median(speed[-40:])
+    print(f"{growth:.1f} MB in 1,000 steps, {files.min()} to {files.max()} files, {early:.0f} and {late:.0f} views/s")  # fmt: skip
+    assert growth < 20
+    assert np.median(files[-10:]) <= np.median(files[:10])
+    assert late > 0.6 * early
+
+
+@slow
+def test_odd_names_links_and_read_only_data_change_nothing(pretrain, finetuning, demo, tmp_path, monkeypatch):  # fmt: skip
+    one = pretrain()
+    odd = tmp_path / "schöne: Daten & 映像"
+    shutil.copytree(demo / "images", odd / "Bilder 100%")
+    (odd / "videos").symlink_to(demo / "videos")
+    (odd / "Bilder 100%/train/star").rename(tmp_path / "star")
+    (odd / "Bilder 100%/train/star").symlink_to(tmp_path / "star")  # a folder and a file
+    file = next((odd / "Bilder 100%/train/cross").iterdir())
+    shutil.copy(file, tmp_path / "file")
+    file.unlink()
+    file.symlink_to(tmp_path / "file")
+    for path in (odd, *odd.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted(odd.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    name = odd.relative_to(tmp_path)
+    data = ("--images", name / "Bilder 100%", "--videos", name / "videos")
+    pretrain("--out", "Läufe/mein Lauf 1", data=data)
+    assert_same_bits(one, tmp_path / "Läufe/mein Lauf 1")
+    finetuning("--out", "Läufe/2", start=("Läufe/mein Lauf 1/last.pt",), data=data[:2])
+    run_eval("--checkpoint", "Läufe/2/last.pt", "--images", name / "Bilder 100%")
+    assert sorted(odd.rglob("*")) == before
+    for path in (odd, *odd.rglob("*")):
+        path.chmod(0o755)
+
+
+@slow
+def test_names_are_read_in_a_plain_locale(demo, tmp_path):
+    data = tmp_path / "schöne Daten"
+    shutil.copytree(demo, data)
+    (data / "images/train/star/star_6.JPEG").rename(
+        os.fsencode(data) + b"/images/train/star/\xff.JPEG"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, HERE / "train.py", *pretraining(data, tmp_path / "Läufe")[1:]]
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "cannot be read" not in done.stderr, done.stderr
+
+
+@slow
+def test_the_second_of_two_runs_in_one_folder_refuses(demo, tmp_path):
+    runs = [start(*pretraining(demo, tmp_path / "run", "--epochs", 4)) for _ in range(2)]
+    said = [run.communicate()[0] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1]
+    second = said[[run.returncode for run in runs].index(1)]
+    assert (
+        second == f"train.py: another run is writing to {tmp_path / 'run'}: choose another --out\n"
+    )
+    assert "are done" in start(*pretraining(demo, tmp_path / "whole", "--epochs", 4)).communicate()[0]  # fmt: skip
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_image_and_one_video_are_enough(pretrain, demo, tmp_path, workers):
+    for kind, path in (
+        ("images", next((demo / "images/train/ring").iterdir())),
+        ("videos", demo / "videos/20bn-something-something-v2/1.webm"),
+    ):
+        (tmp_path / kind).mkdir()
+        shutil.copy(path, tmp_path / kind)
+    data = ("--images", tmp_path / "images", "--videos", tmp_path / "videos")
+    out = pretrain("--epochs", 3, "--workers", workers, data=data)
+    assert len(log(out)) == 6  # a step of each kind in an epoch
+    assert log(out, "unreadable")[-1] == 0

@@ -16,6 +16,7 @@ import fcntl
 import functools
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -323,16 +324,16 @@ class Run:
     def save(self, model, optimizer, name: str = "last.pt", **more) -> None:
         """Atomically: whenever a run is killed, the old file or the new one is there, whole."""
         if self.rank == 0:
+            if not all(weights.isfinite().all() for weights in model.parameters()):
+                raise FloatingPointError(
+                    f"weights after step {self.step} are not finite, so the run ends here; what is saved "
+                    "is of an earlier, good step: try a lower --lr or --dtype float32"
+                )
             state = {
                 "config": asdict(model.cfg), "model": model.state_dict(), "settings": self.settings,
                 "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "step": self.step, "read": self.read, "unreadable": self.unreadable, **more,
             }  # fmt: skip
-            if not all(value.isfinite().all() for value in state["model"].values()):
-                raise FloatingPointError(
-                    f"step {self.step} made weights that are not finite, so the run ends here; what is "
-                    "saved is of an earlier step: try a lower --lr or --dtype float32"
-                )
             replace_file(self.out / name, lambda file: torch.save(state, file))
         self.saved = time.monotonic()
 
@@ -432,6 +433,9 @@ def replace_file(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps what the file system said
+        reason = error if isinstance(error, OSError) else error.__context__
+        raise OSError(f"{path} cannot be written, and stays as it was: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -452,7 +456,7 @@ def check_finite(step: int, loss: float | torch.Tensor, arrived: torch.cuda.Even
 def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dtype:
     """What matrix products are computed in: bfloat16 where the device has it, else float16."""
     if name == "float16" and device.type == "cpu":
-        raise ValueError("float16 is for GPUs: give --dtype bfloat16 or float32 on a CPU")
+        raise ValueError("--dtype float16 is for GPUs without bfloat16: give bfloat16 or float32")
     if name or model == "demo":  # matrices this small gain nothing
         return getattr(torch, name or "float32")
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
@@ -745,6 +749,10 @@ def run_script(main, parse_args) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:  # loader workers are deaf to the signal with which Python would end them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 if __name__ == "__main__":
