@@ -1,4 +1,5 @@
-"""The tests, which also show how to call everything: `pytest`, two minutes on two cores.
+"""The tests, which also show how to call everything: `pytest`, three minutes on two cores; those
+that take long, about real kills and long runs: `SLOW=1 pytest`.
 
 Nothing is downloaded. Files are real: JPEG, PNG, VP9, H.264, made here; runs are real processes.
 """
@@ -35,6 +36,7 @@ import train
 from omnimae import MODELS, Classifier, OmniMAE, OmniMAEConfig, random_mask
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # the models are tiny: threads would mostly wait for each other
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: SLOW=1 pytest")
 TINY = OmniMAEConfig(
     image_size=32, num_frames=4, patch_size=(2, 8, 8), dim=64, depth=2, heads=4,
