@@ -1154,7 +1154,7 @@ def test_a_replaced_file_has_its_own_label(demo, tmp_path):
     assert set(labels) <= set(listing.labels[40:]) and labels != listing.labels[:8]
 
 
-@pytest.mark.parametrize("kind", train.KINDS)
+@pytest.mark.parametrize("kind", ["images", pytest.param("videos", marks=slow)])
 def test_a_finetuned_run_stopped_or_killed_goes_on_to_the_same_bits(
     finetuning,
     demo,
@@ -1314,6 +1314,7 @@ def test_a_released_in1k_checkpoint_is_evaluated_exactly(hub, tmp_path, capsys):
     assert names[top5[0][0]] in capsys.readouterr().out.splitlines()[1]
 
 
+@slow
 def test_a_released_ssv2_checkpoint_evaluates_and_predicts(hub, tmp_path, capsys):
     names = [f"Doing {i}" for i in range(174)]
     root = tmp_path / "ssv2"
@@ -1384,8 +1385,8 @@ def test_logits_are_averaged_over_views(released, tmp_path, capsys):
     assert [line.split()[0] for line in shown] == [f"{p:.2%}" for p in probability.topk(5).values]
 
 
-def test_each_file_counts_once_on_any_number_of_processes(demo, finetuning, tmp_path):
-    out = finetuning("--lr", 3e-3, "--epochs", 4)
+def test_each_file_counts_once_on_any_number_of_processes(demo, tmp_path, capfd):
+    torch.save(released_state(released_shapes(MODELS["demo"], 8)), tmp_path / "eight.torch")
     shutil.copytree(demo / "images", tmp_path / "data")
     files = sorted((tmp_path / "data/val").rglob("*.JPEG"))
     for path in files[1:6:2]:
@@ -1394,17 +1395,23 @@ def test_each_file_counts_once_on_any_number_of_processes(demo, finetuning, tmp_
     shown = []
     for processes in (1, 2, 3):
         table = tmp_path / f"{processes}.csv"
-        done = torchrun(
-            processes, "eval.py", "--checkpoint", out / "best.pt", "--images", tmp_path / "data",
-            "--device", "cpu", "--workers", 0, "--batch-size", 3, "--predictions", table, cwd=tmp_path,
+        options = (
+            "--checkpoint", tmp_path / "eight.torch", "--images", tmp_path / "data", "--device", "cpu",
+            "--workers", 0, "--batch-size", 3, "--predictions", table,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("cannot be read") == 1
-        shown.append(done.stdout)
+        if processes == 1:
+            run_eval(*options)
+            output, errors = capfd.readouterr()
+        else:
+            done = torchrun(processes, "eval.py", *options, cwd=tmp_path)
+            output, errors = done.stdout, done.stderr
+            assert done.returncode == 0, errors
+        assert errors.count("cannot be read") == 1
+        shown.append(output)
         rows = list(csv.DictReader(table.read_text().splitlines()))
         assert len({row["path"] for row in rows}) == len(rows) == 13
         right = sum(row["label"] == row["best_1"] for row in rows)
-        assert f"13 images, 1 views of each\ntop-1 {100 * right / 13:.2f} %" in done.stdout
+        assert f"13 images, 1 views of each\ntop-1 {100 * right / 13:.2f} %" in output
     assert shown[0] == shown[1] == shown[2] and "1 unreadable counted as wrong" in shown[0]
 
 

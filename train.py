@@ -500,7 +500,7 @@ def count_flops(cfg: omnimae.OmniMAEConfig, kind: str, num_classes: int | None =
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the median of a few: what the device can do at most."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     times = []
     for _ in range(7):
