@@ -234,7 +234,14 @@ class Run:
                 )
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            # torchrun restarts processes on the same store: without a prefix they could find there the
+            # addresses of those before. Several machines do not count restarts alike.
+            store, _, _ = next(dist.rendezvous("env://"))
+            if self.world == near:
+                restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"restart {restarts}", store)
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         cores = len(os.sched_getaffinity(0)) // near
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
 
