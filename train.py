@@ -217,13 +217,8 @@ class Run:
     which rank 0 writes. Finetuning uses the same."""
 
     def __init__(self, args: argparse.Namespace):
-        torchruns = (
-            ("RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("LOCAL_RANK", "0"),
-            ("LOCAL_WORLD_SIZE", "1"),
-        )
-        self.rank, self.world, self.local, near = (int(os.environ.get(*pair)) for pair in torchruns)
+        names = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")
+        self.rank, self.world, self.local, near = (int(os.environ.get(*name)) for name in names)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device, self.local if device == "cuda" else None)
         if device == "cuda":
