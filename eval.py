@@ -277,6 +277,7 @@ def clips_x_crops(text: str) -> tuple[int, int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options: a data set or files, and what fits the kind of checkpoint."""
     parser = argparse.ArgumentParser(
         description="The accuracy of a finetuned checkpoint on a data set's validation part; or its "
         "five best labels of files; or a pretraining checkpoint's reconstructions of files, as pictures.",

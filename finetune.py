@@ -159,6 +159,8 @@ def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; what is not given is filled in when the checkpoint's size is known."""
+
     def shown(key):
         values = [f"{RECIPES[kind][key]} {kind}" for kind in train.KINDS]
         values += [f"{larger[key]} {size}" for size, larger in LARGER.items() if key in larger]

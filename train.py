@@ -570,6 +570,7 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, completed by what goes with the model and the data."""
     parser = argparse.ArgumentParser(
         description="Pretrain OmniMAE on images and videos. Run the same command again to go on.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
