@@ -229,8 +229,8 @@ def main(args: argparse.Namespace) -> None:
     listing = list_labelled(root, kind, "train")
     held_out = list_labelled(root, kind, "val", listing.classes)
     num, classes = len(listing.paths), listing.classes
-    steps = train.Steps({kind: num}, {kind: 1}, args.batch_size, args.epochs, args.seed)
-    steps.split(run.rank, run.world, args.micro_batch)
+    share = {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
+    steps = train.Steps({kind: num}, {kind: 1}, args.batch_size, args.epochs, args.seed, **share)
     epoch_steps = steps.total // args.epochs
 
     # The model
@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
         logits = parallel(x.as_subclass(torch.Tensor))  # (B, classes)
         return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
-    rate = train.matmul_rate(run.device, run.dtype) * run.world
+    rate = train.matmul_rate(run)
     flops = train.count_flops(cfg, kind, len(classes)) / (3 if args.freeze else 1)  # no way back
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "

@@ -826,8 +826,8 @@ def test_the_order_of_a_run():
     steps.start = 0
     parts = []  # two ranks and micro-batches of 4 views see the same samples
     for rank in (0, 1):
-        steps.split(rank, 2, 4)
-        parts.append(list(steps))
+        share = {"rank": rank, "world": 2, "micro": 4}
+        parts.append(list(train.Steps(sizes, views, batch=8, epochs=3, seed=0, **share)))
     assert [a + b for a, b in zip(*parts)] == batches
     tiny_set = train.Steps({"images": 3}, views, batch=8, epochs=1, seed=0)
     samples = next(iter(tiny_set))
@@ -835,10 +835,9 @@ def test_the_order_of_a_run():
 
 
 def test_a_batch_that_does_not_divide_is_named():
-    steps = train.Steps({"videos": 100}, {"videos": 4}, batch=16, epochs=1, seed=0)
-    for rank, world, micro in ((0, 3, None), (0, 2, 6), (0, 1, 2)):
+    for world, micro in ((3, None), (2, 6), (1, 2)):
         with pytest.raises(ValueError, match=r"batch of 16 views does not divide.*--batch-size"):
-            steps.split(rank, world, micro)
+            train.Steps({"videos": 100}, {"videos": 4}, 16, 1, seed=0, world=world, micro=micro)
 
 
 def test_views_follow_from_seed_epoch_sample_and_view(demo):

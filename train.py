@@ -14,15 +14,16 @@ processes nor of workers nor accumulation changes what a step sees.
 import argparse
 import fcntl
 import functools
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import resource
 import signal
+import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -44,7 +45,7 @@ KINDS = ("images", "videos")
 # options that may change when a run goes on
 RESUMABLE = {
     "images", "videos", "out", "device", "dtype", "micro_batch", "compile", "checkpoint_activations",
-    "workers", "log_every", "save_minutes",
+    "workers", "log_every", "save_minutes", "benchmark", "json",
 }  # fmt: skip
 
 
@@ -78,24 +79,24 @@ class Steps:
 
     An epoch has as many views as there are files: every image once, or, with 4 views of each, a
     quarter of the videos. A step is all images or all videos, in one random order that all ranks
-    compute alike. A file is decoded once for all its views.
+    compute alike. A file is decoded once for all its views. ValueError for a batch that does not
+    divide.
     """
 
-    def __init__(self, sizes: dict, views: dict, batch: int, epochs: int, seed: int):
+    def __init__(
+        self, sizes: dict, views: dict, batch: int, epochs: int, seed: int, *,
+        rank: int = 0, world: int = 1, micro: int | None = None,
+    ):  # fmt: skip
         self.sizes, self.views, self.batch, self.seed = sizes, views, batch, seed
         self.kinds = [kind for kind in sizes for _ in range(max(1, sizes[kind] // batch))]
         self.total, self.start = epochs * len(self.kinds), 0
-        self.split(0, 1, None)
-
-    def split(self, rank: int, world: int, micro: int | None) -> None:
-        """Take rank's share of every step, `micro` views at a time. ValueError if it does not divide."""
-        share = self.batch // world
+        share = batch // world
         micro = min(micro or share, share)
-        for kind in self.sizes:
-            if self.batch % world or share % micro or micro % self.views[kind]:
+        for kind in sizes:
+            if batch % world or share % micro or micro % views[kind]:
                 raise ValueError(
-                    f"a batch of {self.batch} views does not divide into {world} processes x "
-                    f"micro-batches of {micro} views x {self.views[kind]} views of one file ({kind}): "
+                    f"a batch of {batch} views does not divide into {world} processes x "
+                    f"micro-batches of {micro} views x {views[kind]} views of one file ({kind}): "
                     "choose --batch-size and --micro-batch so that it does"
                 )
         self.rank, self.world, self.micro, self.accumulate = rank, world, micro, share // micro
@@ -247,8 +248,9 @@ class Run:
         self.seed = args.seed
         self.step = self.read = self.unreadable = 0  # saved with the model
         self.signalled = self.stop = self.due = False  # a signal came; all ranks stop; time to save
-        self.lost, self.named, self.pending = 0, set(), deque()
+        self.lost, self.named, self.losses = 0, set(), []
         self.save_seconds, self.saved = args.save_minutes * 60, time.monotonic()
+        self.begin_window()
 
     # Processes
 
@@ -401,29 +403,28 @@ class Run:
 
     def agree(self, loss: torch.Tensor, files: int, pause: bool) -> float | None:
         """After a step that read `files` files: sum flags and counts over the ranks, so that all log,
-        save, stop or fail together. At such a pause, wait for the device and give the mean loss."""
+        save, stop or fail together. Only at a pause, or before saving, are the losses since the last
+        one looked at, because that waits for the device; then the mean loss of this step."""
+        self.losses.append(loss)
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
         self.stop, self.due, lost = self.sum(self.signalled, due, self.lost)
         self.read, self.unreadable, self.lost = self.read + files, self.unreadable + int(lost), 0
-        if pause or self.stop or self.due:
-            self.pending.clear()
-            mean = self.sum(loss.item())[0] / self.world
-            check_finite(self.step, mean)
-            if self.read >= 100 and self.unreadable > 0.1 * self.read:
-                raise ValueError(
-                    f"{self.unreadable:,} of the {self.read:,} files read so far cannot be read, more "
-                    "than 10 %: see the messages above"
+        if not (pause or self.stop or self.due):
+            return None
+        losses = self.sum(*torch.stack(self.losses).tolist())
+        for step, total in enumerate(losses, self.step + 1 - len(losses)):
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"the loss of step {step} is {total}, so the run ends here; what is saved is of "
+                    "an earlier step: try a lower --lr or --dtype float32"
                 )
-            return mean
-        # The loss of the step before has arrived by now: looking at it does not stall the GPU, and
-        # keeps the host at most one step ahead, so that it seldom waits for data while the GPU works.
-        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
-        self.pending.append((self.step, loss.to("cpu", non_blocking=True), arrived))
-        if arrived:
-            arrived.record()
-        while len(self.pending) > (self.device.type == "cuda"):
-            check_finite(*self.pending.popleft())
-        return None
+        self.losses.clear()
+        if self.read >= 100 and self.unreadable > 0.1 * self.read:
+            raise ValueError(
+                f"{self.unreadable:,} of the {self.read:,} files read so far cannot be read, more "
+                "than 10 %: see the messages above"
+            )
+        return losses[-1] / self.world
 
 
 def replace_file(path: Path, write) -> None:
@@ -443,16 +444,6 @@ def replace_file(path: Path, write) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-
-
-def check_finite(step: int, loss: float | torch.Tensor, arrived: torch.cuda.Event | None = None):
-    if arrived:
-        arrived.synchronize()
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss of step {step} is {float(loss)}, so the run ends here; what is saved is of an "
-            "earlier step: try a lower --lr or --dtype float32"
-        )
 
 
 def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dtype:
@@ -500,16 +491,27 @@ def count_flops(cfg: omnimae.OmniMAEConfig, kind: str, num_classes: int | None =
     return counter.get_total_flops()
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the median of a few: what the device can do at most."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(7):
+def timed(step, run: Run, warmup: int = 3) -> float:
+    """Seconds that a step takes: the median of seven windows of a quarter of a second or more."""
+
+    def window(steps: int) -> float:
         start = time.perf_counter()
-        (a @ a).sum().item()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(times)[len(times) // 2]
+        for _ in range(steps):
+            step()
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        return (time.perf_counter() - start) / steps
+
+    window(warmup)
+    steps = math.ceil(run.sum(0.25 / window(1))[0] / run.world)  # as many on all ranks
+    return statistics.median(window(steps) for _ in range(7))
+
+
+def matmul_rate(run: Run) -> float:
+    """FLOP/s of large matrix products on all devices: what they can do at most."""
+    size = 8192 if run.device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=run.device, dtype=run.dtype)
+    return run.sum(2 * size**3 / timed(lambda: a @ a, run))[0]
 
 
 def memory_gb(device: torch.device) -> float:
@@ -595,11 +597,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--video-mask-ratio", "share masked (default: 0.95; demo: 0.90)", type=share)
     add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
     add("--seed", "of everything random", type=int, default=0)
+    add = option_group(parser, "speed")
+    add("--benchmark", "time steps, by default of one micro-batch, instead of training", action="store_true")
+    add("--json", "its figures also as a line of JSON", action="store_true")
     # fmt: on
     machine_options(parser)
     args, _ = parser.parse_known_args(argv)
     if "demo" in (args.model, args.images, args.videos) or not (args.images or args.videos):
         parser.set_defaults(epochs=8, batch_size=64, micro_batch=16 if args.model != "demo" else 32)
+    if args.benchmark:
+        world, micro = int(os.environ.get("WORLD_SIZE", "1")), args.micro_batch or 32
+        parser.set_defaults(micro_batch=micro, batch_size=micro * world, epochs=10**6)
     args = parser.parse_args(argv)
     if not (args.images or args.videos):
         args.images = args.videos = "demo"
@@ -662,6 +670,36 @@ def show_held_out(model: omnimae.OmniMAE, held_out: dict, run: Run) -> None:
     run.print(f"step {run.step:6d}  held out: {'; '.join(shown)}")
 
 
+def benchmark(kind: str, steps: Steps, cfg, run: Run, dataset: Views, update) -> dict:
+    """Time a step of the model alone on random pixels, of the loader alone, and of both together, as
+    in training. The rate of matrix products is measured just before and after the model's."""
+    pixels, visible, _ = collate([dataset[sample] for sample in next(iter(steps))])
+    batch = torch.randint_like(pixels, 256).to(run.device), visible.to(run.device), []
+    flops, rate = count_flops(cfg, kind), matmul_rate(run)
+    seconds = {"model": timed(lambda: update(itertools.repeat(batch), steps), run)}
+    rate = (rate + matmul_rate(run)) / 2
+    loader = iter(make_loader(dataset, steps, run.workers, run.device, collate))
+    ready = 2 * run.workers + 1  # batches that workers make ahead
+    seconds["loader"] = timed(lambda: [next(loader) for _ in range(steps.accumulate)], run, ready)
+    seconds["both"] = timed(lambda: update(loader, steps), run)
+    cores = max(1, run.workers) * run.world * seconds["loader"] / seconds["model"]
+    memory = memory_gb(run.device)
+    figures = {"flops_per_view": flops, "matmul_flops": rate, "memory_gb": memory, "cores": cores}
+    for part, time_ in seconds.items():
+        views = steps.batch / time_
+        shown = f"{kind:8}{part:8}{1000 * time_:12,.1f}{views:12,.1f}"
+        figures[part] = {"ms": 1000 * time_, "views_per_second": views}
+        if part != "loader":
+            figures[part] |= {"flops": views * flops, "of_matmul": views * flops / rate}
+            shown += f"{views * flops / 1e12:12.3f}{views * flops / rate:12.0%}"
+        run.print(shown)
+    run.print(
+        f"        {flops / 1e9:.2f} GFLOP/view; matrix products {rate / 1e12:.3f} TFLOP/s; peak memory "
+        f"{memory:.2f} GB; a loader that keeps up needs {cores:.2f} cores"
+    )
+    return figures
+
+
 def main(args: argparse.Namespace) -> None:
     run = Run(args)
 
@@ -671,8 +709,12 @@ def main(args: argparse.Namespace) -> None:
     listings = {kind: omnimae.list_media(root, kind).paths for kind, root in sources.items()}
     sizes = {kind: len(paths) for kind, paths in listings.items()}
     views = {"images": args.image_views, "videos": args.video_views}
-    steps = Steps(sizes, views, args.batch_size, args.epochs, args.seed)
-    steps.split(run.rank, run.world, args.micro_batch)
+    part = {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
+
+    def make_steps(sizes: dict) -> Steps:
+        return Steps(sizes, views, args.batch_size, args.epochs, args.seed, **part)
+
+    steps = make_steps(sizes)
 
     # The model
     cfg = omnimae.MODELS[args.model]
@@ -692,7 +734,8 @@ def main(args: argparse.Namespace) -> None:
         [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True,
     )  # fmt: skip
-    run.open(args, RESUMABLE, {"files": sizes}, model, optimizer)
+    if not args.benchmark:
+        run.open(args, RESUMABLE, {"files": sizes}, model, optimizer)
     if args.compile:
         model.compile(dynamic=False)  # once for images and once for clips
     parallel = run.parallel(model, args.compress_gradients)
@@ -700,8 +743,26 @@ def main(args: argparse.Namespace) -> None:
     def loss_of(pixels, visible):
         return parallel(omnimae.normalize(pixels), visible)[0]
 
-    # What the machine can do
-    rate = matmul_rate(run.device, run.dtype) * run.world
+    def update(batches, steps):
+        return run.update(loss_of, parallel, optimizer, batches, steps.accumulate)
+
+    dataset = Views(cfg, listings, args.seed, args.mask)
+    if args.benchmark:
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
+        report = {
+            key: getattr(args, key) for key in ("model", "batch_size", "micro_batch", "compile")
+        }
+        report |= {"device": f"{run.world} x {run.device.type}", "dtype": str(run.dtype)}
+        report |= {"workers": run.workers, "torch": torch.__version__}
+        run.print(", ".join(f"{key} {value}" for key, value in report.items()))
+        run.print(f"{'ms/step':>28}{'views/s':>12}{'TFLOP/s':>12}{'of matmul':>12}")
+        for kind, size in sizes.items():
+            figures = benchmark(kind, make_steps({kind: size}), cfg, run, dataset, update)
+            report[kind] = figures
+        if args.json:
+            run.print(json.dumps(report))
+        return
+    rate = matmul_rate(run)
     flops = {kind: count_flops(model.cfg, kind) for kind in sizes}
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
@@ -712,7 +773,6 @@ def main(args: argparse.Namespace) -> None:
 
     held_out = held_out_batches(cfg, sources, args.seed) if run.rank == 0 else {}
     steps.start = run.step
-    dataset = Views(cfg, listings, args.seed, args.mask)
     batches = iter(make_loader(dataset, steps, run.workers, run.device, collate))
     run.begin(steps.total, rate)
     while run.step < steps.total and not run.stop:
@@ -720,7 +780,7 @@ def main(args: argparse.Namespace) -> None:
         lr = learning_rate(run.step, steps.total, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = run.update(loss_of, parallel, optimizer, batches, steps.accumulate)
+        loss = update(batches, steps)
         run.views += args.batch_size
         run.work += args.batch_size * flops[kind]
 
