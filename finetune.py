@@ -42,8 +42,8 @@ LARGER = {
     "vit_h": {"epochs": 50, "layer_decay": 0.75, "drop_path": 0.3},
 }
 DEMO = {  # small models and small data need rates, not regularisation
-    "epochs": 20, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "weight_decay": 0.05,
-    "layer_decay": 0.8, "drop_path": 0.0, "augment": "crop",
+    "epochs": 8, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "weight_decay": 0.05,
+    "layer_decay": 1.0, "drop_path": 0.0, "augment": "crop",
 }  # fmt: skip
 LABEL_SMOOTHING = 0.1
 ERASING = 0.25  # of the samples; a box of 2 to 33 % of the area
@@ -73,9 +73,11 @@ class Labelled(train.Views):
     def __init__(self, cfg: omnimae.OmniMAEConfig, kind: str, listing, seed: int, augment: str):
         super().__init__(cfg, {kind: listing.paths}, seed)
         self.labels, self.augment = np.array(listing.labels), augment
-        if kind == "images":  # a clip is cropped as in pretraining, and never flipped
-            crop = v2.RandomResizedCrop(cfg.image_size, interpolation=InterpolationMode.BICUBIC)
-            self.crop[kind] = v2.Compose([crop, v2.RandomHorizontalFlip()])
+        area = (0.08, 1.0) if augment == "full" else (0.5, 1.0)
+        mode = InterpolationMode.BICUBIC if kind == "images" else InterpolationMode.BILINEAR
+        crop = v2.RandomResizedCrop(cfg.image_size, area, interpolation=mode)
+        flip = 0.5 if kind == "images" else 0.0  # in clips, left and right have meaning
+        self.crop[kind] = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
         self.erasing = v2.RandomErasing()
 
     def __getitem__(self, sample: tuple) -> tuple[torch.Tensor, int, torch.Tensor, list[str]]:
@@ -186,7 +188,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", "not on biases and LayerNorm " + shown("weight_decay"), type=float)
     add("--layer-decay", "of the rate, from layer to layer " + shown("layer_decay"), type=float)
     add("--drop-path", shown("drop_path"), type=float)
-    add("--augment", "full: crop, flip (images), RandAugment, erasing, MixUp or CutMix " + shown("augment"), choices=["full", "crop"])
+    add("--augment", "full: crop of 8 to 100 %% of the area, flip (images), RandAugment, erasing, MixUp or CutMix; crop: of 50 to 100 %%, flip " + shown("augment"), choices=["full", "crop"])
     add("--freeze", "train norm and head only", action="store_true")
     add("--seed", "of everything random", type=int, default=0)
     # fmt: on

@@ -97,7 +97,7 @@ MODELS = {
     ),
     # not of the paper: small enough to pretrain on a laptop's CPU in minutes
     "demo": OmniMAEConfig(
-        image_size=64, num_frames=8, patch_size=(2, 8, 8), dim=128, depth=4, heads=4,
+        image_size=48, num_frames=8, patch_size=(2, 8, 8), dim=128, depth=4, heads=4,
         decoder_dim=64, decoder_depth=2, decoder_heads=4,
         image_mask_ratio=0.75, video_mask_ratio=0.90,
     ),
@@ -866,7 +866,7 @@ def write_demo_data(
     images: int = 3200,
     videos: int = 1600,
     val_images: int = 400,
-    val_videos: int = 160,
+    val_videos: int = 320,
 ) -> Path:
     """Write the demo data set to a new folder: the same files every time, complete or not at all.
 

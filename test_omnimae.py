@@ -844,8 +844,8 @@ def test_views_follow_from_seed_epoch_sample_and_view(demo):
     listings = {kind: omnimae.list_media(demo / kind, kind).paths for kind in train.KINDS}
     views = train.Views(MODELS["demo"], listings, seed=0)
     pixels, visible, unreadable = train.collate([views["videos", 0, 5, 0, 4]])
-    assert pixels.shape == (4, 3, 8, 64, 64) and pixels.dtype == torch.uint8
-    assert visible.shape == (4, 256 - 230) and unreadable == []
+    assert pixels.shape == (4, 3, 8, 48, 48) and pixels.dtype == torch.uint8
+    assert visible.shape == (4, 144 - 129) and unreadable == []
     assert len({tuple(row) for row in visible.tolist()}) == 4  # each view has its own mask
     assert len({view.float().mean().item() for view in pixels}) == 4  # and crop
     torch.manual_seed(123)
@@ -854,7 +854,7 @@ def test_views_follow_from_seed_epoch_sample_and_view(demo):
     for other in (("videos", 1, 5, 0, 4), ("videos", 0, 5, 4, 4)):
         assert not torch.equal(train.collate([views[other]])[0], pixels)
     pixels, visible, _ = train.collate([views["images", 0, 0, 0, 1], views["images", 0, 1, 0, 1]])
-    assert pixels.shape == (2, 3, 64, 64) and visible.shape == (2, 16)
+    assert pixels.shape == (2, 3, 48, 48) and visible.shape == (2, 9)
 
 
 def test_processes_accumulation_and_workers_change_nothing(pretrain, demo, tmp_path):
@@ -913,6 +913,27 @@ def test_a_run_saves_a_model_that_loads(pretrain):
 )
 def test_options_run(pretrain, options):
     assert all(0.5 < loss < 2 for loss in log(pretrain(*options)))
+
+
+def test_the_benchmark_times_model_loader_and_both(pretrain, tmp_path, capsys):
+    pretrain("--benchmark", "--json", "--batch-size", 8, "--micro-batch", 4)
+    assert not (tmp_path / "run").exists()  # nothing is trained
+    *table, line = capsys.readouterr().out.splitlines()
+    report = json.loads(line)
+    for kind in train.KINDS:
+        figures = report[kind]
+        assert figures["flops_per_view"] == train.count_flops(omnimae.MODELS["demo"], kind)
+        assert 0 < figures["memory_gb"] < 100
+        for part in ("model", "loader", "both"):
+            took = figures[part]
+            assert took["views_per_second"] == pytest.approx(8000 / took["ms"])
+            assert any(row.startswith(f"{kind:8}{part:8}{took['ms']:12,.1f}") for row in table)
+        for part in ("model", "both"):
+            work = figures[part]["views_per_second"] * figures["flops_per_view"]
+            assert figures[part]["of_matmul"] == pytest.approx(work / figures["matmul_flops"])
+            assert 0 < figures[part]["of_matmul"] < 1
+        loader, model = (figures[part]["views_per_second"] for part in ("loader", "model"))
+        assert figures["cores"] == pytest.approx(model / loader)  # without workers: one core
 
 
 def test_init_starts_from_a_checkpoint(pretrain, tmp_path):
@@ -1137,7 +1158,7 @@ def test_augmented_samples_follow_from_seed_epoch_and_sample(demo, kind):
     one = finetune.collate([files[sample] for sample in samples])
     torch.manual_seed(5)
     other = finetune.collate([files[sample] for sample in reversed(samples)])
-    shape = (3, 64, 64) if kind == "images" else (3, 8, 64, 64)
+    shape = (3, 48, 48) if kind == "images" else (3, 8, 48, 48)
     assert one[0].shape == (16, *shape) and one[0].dtype == torch.uint8
     for a, b in zip(one[:3], other[:3]):
         assert torch.equal(a, b.flip(0))
