@@ -128,10 +128,10 @@ def to_patches(x: torch.Tensor, cfg: OmniMAEConfig) -> tuple[torch.Tensor, tuple
     ValueError for anything else.
     """
     t, h, w = cfg.patch_size
-    clip = (cfg.num_frames, cfg.image_size, cfg.image_size)
-    wanted = f"expected ImageNet-normalised floats, images (B, 3, H, W) or clips (B, 3, {clip[0]}, {clip[1]}, {clip[2]})"  # fmt: skip
+    frames, size = cfg.num_frames, cfg.image_size
+    wanted = f"expected images (B, 3, H, W) or clips (B, 3, {frames}, {size}, {size})"
     if not x.is_floating_point():
-        raise ValueError(f"got {x.dtype}; {wanted}: omnimae.normalize() makes them from uint8")
+        raise ValueError(f"got {x.dtype}: expected floats; omnimae.normalize() makes them")
     if x.ndim not in (4, 5) or x.shape[1] != 3 or 0 in x.shape:
         raise ValueError(f"got shape {tuple(x.shape)}; {wanted}")
     if x.shape[-2] % h or x.shape[-1] % w:
@@ -139,7 +139,7 @@ def to_patches(x: torch.Tensor, cfg: OmniMAEConfig) -> tuple[torch.Tensor, tuple
     x = x.unsqueeze(2) if x.ndim == 4 else x  # (B, 3, T, H, W)
     if x.shape[2] == 1:
         x = x.expand(-1, -1, t, -1, -1)  # (B, 3, t, H, W)
-    elif tuple(x.shape[2:]) != clip:
+    elif x.shape[2:] != (frames, size, size):
         raise ValueError(f"got clips of {' x '.join(map(str, x.shape[2:]))}; {wanted}")
     return patchify(x, cfg.patch_size), (x.shape[2] // t, x.shape[3] // h, x.shape[4] // w)
 
@@ -158,7 +158,7 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple, grid: tuple) -> torch.T
 
 
 def denormalize(patches: torch.Tensor) -> torch.Tensor:
-    """Patches (B, N, P) of normalised pixels -> of pixels in [0, 1], which the targets are made of."""
+    """Patches (B, N, P) of normalised pixels -> of pixels in [0, 1], of which targets are made."""
     mean, std = (values.to(patches.device, non_blocking=True) for values in (MEAN, STD))
     return (patches.unflatten(2, (-1, 3)) * std + mean).flatten(2)  # the channel is last
 
@@ -174,7 +174,7 @@ def normalize_patches(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def sincos_positions(num: int, dim: int) -> torch.Tensor:
-    """The fixed table (num, dim): sines in even and cosines in odd columns, over the raster index."""
+    """The fixed table (num, dim) over the raster index: sines in even, cosines in odd columns."""
     angle = np.arange(num)[:, None] / 10000 ** (np.arange(dim) // 2 * 2 / dim)  # (num, dim)
     table = np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle))
     return torch.from_numpy(table).float()
@@ -228,28 +228,24 @@ def split_mask(mask: torch.Tensor, batch: int, num: int) -> tuple[torch.Tensor, 
     loader sends, because V must be known without waiting for the device. (Nor is it checked that
     the indices of a row differ: that would wait, too.)
     """
-    if mask.dtype == torch.bool:
-        if mask.shape != (batch, num):
-            raise ValueError(f"got a mask of shape {tuple(mask.shape)}, expected {(batch, num)}")
-        counts = set((~mask).sum(1).tolist())
-        if len(counts) > 1 or counts & {0, num}:
+    if mask.dtype == torch.bool and mask.shape == (batch, num):
+        counts = (~mask).sum(1).unique().tolist()
+        if len(counts) > 1 or counts[0] in (0, num):
             raise ValueError(
-                f"got masks that leave {sorted(counts)} of {num} patches visible: "
+                f"got masks that leave {counts} of {num} patches visible: "
                 "expected as many in each row, at least one and not all"
             )
-        visible_num = counts.pop()
-    elif mask.dtype == torch.int64 and mask.ndim == 2 and 0 < mask.shape[1] < num:
-        visible_num = mask.shape[1]
-        if len(mask) != batch:
-            raise ValueError(f"got masks of {len(mask)} samples, expected {batch}")
+        num_visible = counts[0]
+    elif mask.dtype == torch.int64 and mask.shape[:-1] == (batch,) and 0 < mask.shape[-1] < num:
+        num_visible = mask.shape[1]
         mask = torch.ones(batch, num, dtype=torch.bool, device=mask.device).scatter(1, mask, False)
     else:
         raise ValueError(
             f"got a mask of {mask.dtype} {tuple(mask.shape)}: expected bool {(batch, num)}, "
             f"True = masked, or the visible patches' int64 indices ({batch}, V)"
         )
-    order = mask.byte().argsort(dim=1, stable=True)
-    return order[:, :visible_num], order[:, visible_num:], mask
+    order = mask.byte().argsort(dim=1, stable=True)  # (B, N): the visible, then the masked
+    return order[:, :num_visible], order[:, num_visible:], mask
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -288,7 +284,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Drop path (stochastic depth) leaves a branch out for some samples, and scales up the others."""
+    """Drop path (stochastic depth) leaves a branch out for some samples, scaled up for others."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, drop_path: float = 0.0):
         super().__init__()
@@ -427,9 +423,8 @@ class OmniMAE(nn.Module):
         _, pred, mask = self(x, mask)
         patches, grid = to_patches(x, self.cfg)
         pixels = denormalize(patches.float())  # (B, N, P)
-        _, masked, _ = split_mask(mask, *patches.shape[:2])
-        _, mean, std = normalize_patches(take(pixels, masked))  # (B, M, P)
-        pixels = pixels.scatter(1, masked[..., None].expand_as(pred), pred * std + mean)
+        _, mean, std = normalize_patches(pixels)  # (B, N, P)
+        pixels[mask] = pred.flatten(0, 1) * std[mask] + mean[mask]  # (B M, P)
         video = unpatchify(pixels, self.cfg.patch_size, grid).clamp(0, 1)  # (B, 3, T, H, W)
         return video.mean(2, keepdim=True) if grid[0] == 1 else video
 
@@ -465,12 +460,12 @@ class Classifier(nn.Module):
 def draw_reconstruction(model: OmniMAE, x: torch.Tensor, mask: torch.Tensor) -> PIL.Image.Image:
     """One normalised image (3, H, W) or clip (3, T, H, W), mask bool (N,) -> a picture: original |
     what the encoder sees | reconstruction; of a clip, three rows of frames."""
-    x = x[None]
-    patches, grid = to_patches(x, model.cfg)
-    seen = denormalize(patches).masked_fill(mask[None, :, None], 0.5)
-    panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (denormalize(patches), seen)]
-    panels.append(model.reconstruct(x, mask[None]))
-    shown = 1 if grid[0] == 1 else len(panels[2][0, 0])
+    patches, grid = to_patches(x[None], model.cfg)
+    original = denormalize(patches)  # (1, N, P)
+    seen = original.masked_fill(mask[None, :, None], 0.5)
+    panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (original, seen)]
+    panels.append(model.reconstruct(x[None], mask[None]))  # (1, 3, T, H, W)
+    shown = panels[2].shape[2]  # of an image, repeated to fill a patch, one frame
     frames = torch.cat([panel[0, :, :shown].movedim(1, 0) for panel in panels])  # (3 T, 3, H, W)
     return to_pil_image(make_grid(frames.cpu(), nrow=max(3, shown), pad_value=1.0))
 
