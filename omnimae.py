@@ -529,33 +529,30 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ValueError(f"{path}: not an OmniMAE checkpoint: it holds more than tensors")
-    if "settings" not in file:
-        state = convert_released(state)
-    if getattr(state.get("encoder.patch_embed.weight"), "ndim", 0) != 2:
-        raise ValueError(f"{path}: not an OmniMAE checkpoint: it has no patch embedding")
     try:
-        cfg = (
-            OmniMAEConfig(**file["config"]) if "settings" in file else _released_config(path, state)
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its sizes are not understood: {error}") from error
-    with torch.device("meta"):  # no memory, no initialisation: the file's tensors take the place
-        if "decoder.mask_token" in state:
-            model = OmniMAE(cfg)
+        if "settings" in file:  # this project's
+            cfg = OmniMAEConfig(**file["config"])
         else:
-            num_classes = len(state.get("head.bias", ()))
-            model = Classifier(cfg, num_classes, classes=file.get("classes"))
-    try:
+            state = convert_released(state)
+            cfg = _released_config(state)
+        with torch.device(
+            "meta"
+        ):  # no memory, no initialisation: the file's tensors take the place
+            if "decoder.mask_token" in state:
+                model = OmniMAE(cfg)
+            else:
+                num_classes = len(state.get("head.bias", ()))
+                model = Classifier(cfg, num_classes, classes=file.get("classes"))
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    except RuntimeError as error:
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
-        raise ValueError(f"{path}: does not fit: {' '.join(wrong)}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not an OmniMAE checkpoint: {reason}") from error
     return model.requires_grad_().eval()
 
 
 def _fetch(name: str) -> Path:
     """A checkpoint's path, downloaded first where `name` is a released one's or a URL."""
-    if Path(name).exists():
+    if Path(name).is_file():
         return Path(name)
     url = CHECKPOINTS.get(name, name)
     if "://" not in url:
@@ -572,30 +569,27 @@ def _fetch(name: str) -> Path:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """What torch.save wrote, tensors and plain values only: code in a file is never run."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(
-            f"{path}: not a checkpoint: truncated, damaged, or with more in it than tensors, such as "
-            "code, which is never run; if it was downloaded, delete it to download it again"
-        ) from error
-    if type(file) is not dict:
-        raise ValueError(f"{path}: not a checkpoint: it holds a {type(file).__name__}, not a dict")
-    return file
+    """What torch.save wrote, a dict of tensors and plain values; code in a file is never run.
+    OSError, or ValueError for anything else."""
+    with open(path, "rb") as file:
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch.load raises many kinds
+            raise ValueError(
+                f"{path}: not a checkpoint: truncated, damaged, not a dict, or with more in it than "
+                "tensors, such as code; if it was downloaded, delete it to download it again"
+            ) from error
 
 
-def _released_config(path: Path, state: dict[str, torch.Tensor]) -> OmniMAEConfig:
+def _released_config(state: dict[str, torch.Tensor]) -> OmniMAEConfig:
     """The size of a released model, read from its tensors."""
-    dim, values = state["encoder.patch_embed.weight"].shape
+    shape = tuple(state.get("encoder.patch_embed.weight", torch.empty(0)).shape)  # (D, P)
     depth = len({key.split(".")[2] for key in state if key.startswith("encoder.blocks.")})
     for cfg in MODELS.values():
-        if (cfg.dim, cfg.patch_values, cfg.depth) == (dim, values, depth):
+        if shape == (cfg.dim, cfg.patch_values) and depth == cfg.depth:
             return replace(cfg, decoder_qkv_bias="decoder.blocks.0.attn.qkv.bias" in state)
     raise ValueError(
-        f"{path}: width {dim}, depth {depth}, {values} values in a patch: none of {list(MODELS)}"
+        f"a patch embedding of {shape} and {depth} blocks fit none of {', '.join(MODELS)}"
     )
 
 
