@@ -535,9 +535,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
         else:
             state = convert_released(state)
             cfg = _released_config(state)
-        with torch.device(
-            "meta"
-        ):  # no memory, no initialisation: the file's tensors take the place
+        with torch.device("meta"):  # no memory, no work: the file's tensors take the place
             if "decoder.mask_token" in state:
                 model = OmniMAE(cfg)
             else:
