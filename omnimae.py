@@ -29,11 +29,10 @@ After pretraining the decoder is thrown away; `Classifier` runs the encoder on a
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +46,7 @@ from av.video.reformatter import VideoReformatter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 # ------------------------------------------------------------------------------------------------
@@ -574,8 +573,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # torch.load raises many kinds
             raise ValueError(
-                f"{path}: not a checkpoint: truncated, damaged, not a dict, or with more in it than "
-                "tensors, such as code; if it was downloaded, delete it to download it again"
+                f"{path}: not a checkpoint: truncated, damaged, not a dict, or with more in it "
+                "than tensors, such as code; if it was downloaded, delete it to download it again"
             ) from error
 
 
@@ -595,10 +594,7 @@ def _released_config(state: dict[str, torch.Tensor]) -> OmniMAEConfig:
 # Media: data sets as people download them, images and clips
 
 CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
-MAX_PIXELS = (
-    2**27
-)  # of an image; of a clip's frames, which wait decoded to be chosen from, 16 times
-
+MAX_PIXELS = 2**27  # of an image; 16 times of a clip's frames, which wait decoded for the choice
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
@@ -611,7 +607,7 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be read: {reason}") from error
 
 
@@ -662,15 +658,25 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
 
 def _list_ssv2(root: Path, split: str) -> Listing:
     folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
+    classes = read_labels(root / "labels" / "labels.json")
     with _reading(path):
-        index = json.loads((root / "labels" / "labels.json").read_text())
-        index = {name: int(i) for name, i in index.items()}
         samples = json.loads(path.read_text())
         names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
         paths = [str(folder / f"{sample['id']}.webm") for sample in samples]
-    if unknown := set(names) - set(index):
+    if unknown := set(names) - set(classes):
         raise ValueError(f"{path}: labels.json has no {min(unknown)!r} ({len(unknown)} such)")
-    return Listing(paths, [index[name] for name in names], sorted(index, key=index.get))
+    number = {name: i for i, name in enumerate(classes)}
+    return Listing(paths, [number[name] for name in names], classes)
+
+
+def read_labels(path: str | os.PathLike) -> list[str]:
+    """The class names of a labels.json like SSv2's, {"name": "0", ...}, in their order. ValueError
+    names a file that is not like that."""
+    with _reading(path):
+        number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
+        if sorted(number.values()) != list(range(len(number))):
+            raise ValueError("its classes are not numbered from 0")
+    return sorted(number, key=number.get)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -688,47 +694,37 @@ def read_image(path: str | os.PathLike) -> torch.Tensor:
     with _reading(path), PIL.Image.open(path) as image:
         _check_size(*image.size)
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
-            pixels = np.repeat(
-                (np.array(image).clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=2
-            )
-        else:
-            pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+            image = PIL.Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8))
+        return pil_to_tensor(image.convert("RGB"))
 
 
 class Video(AbstractContextManager):
-    """An open video file: its duration in seconds, and clips from it. Close it, or use `with`."""
+    """An open video file: its duration in seconds, and clips from it. Leaving `with` closes it."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
         self.rgb = VideoReformatter()  # kept: making one costs more than using it
-        with _reading(path):
-            self.container = av.open(str(path))
-            try:
-                if not self.container.streams.video:
-                    raise ValueError("it has no video stream")
-                self.stream = self.container.streams.video[0]
-                self.stream.codec_context.thread_count = 1  # a loader's workers are the threads
-                self.first = self.stream.start_time or 0
-                self.duration = float(self._length() * self.stream.time_base)
-            except BaseException:
-                self.close()
-                raise
+        with _reading(path), ExitStack() as on_error:
+            self.container = on_error.enter_context(av.open(str(path)))
+            if not self.container.streams.video:
+                raise ValueError("it has no video stream")
+            self.stream = self.container.streams.video[0]
+            self.stream.codec_context.thread_count = 1  # a loader's workers are the threads
+            self.first = self.stream.start_time or 0
+            length = self.stream.duration
+            if length is None:  # as in .webm: to the last frame's timestamp, without decoding
+                packets = self.container.demux(self.stream)
+                times = (packet.pts for packet in packets if packet.pts is not None)
+                length = max(times, default=self.first) - self.first
+            self.duration = float(length * self.stream.time_base)
+            on_error.pop_all()  # it stays open
 
-    def _length(self) -> int:
-        """The stream's own duration, or the last frame's timestamp where it has none (.webm), from
-        the packets, without decoding."""
-        if self.stream.duration is not None:
-            return self.stream.duration
-        times = (packet.pts for packet in self.container.demux(self.stream))
-        last = max((time for time in times if time is not None), default=None)
-        if last is None:
-            raise ValueError("its frames have no timestamps")
-        return last - self.first
+    def __exit__(self, *_) -> None:
+        self.container.close()
 
     def clip(self, start: float, duration: float, num_frames: int) -> torch.Tensor:
-        """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds from
-        the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
+        """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds
+        from the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
         with _reading(self.path):
             frames, total = [], 0
             for frame in self._window(start, start + duration):
@@ -739,41 +735,36 @@ class Video(AbstractContextManager):
                 frames.append(frame)
             if not frames:
                 raise ValueError(f"no frame between {start:.3f} and {start + duration:.3f} s")
-            index = np.linspace(0, len(frames) - 1, num_frames).astype(int)
+            index = np.linspace(0, len(frames) - 1, num_frames).astype(int).tolist()
             size = {"width": frames[0].width, "height": frames[0].height, "threads": 1}
             pixels = {  # only of the frames that are kept
                 i: self.rgb.reformat(frames[i], format="rgb24", **size).to_ndarray()
-                for i in set(index.tolist())
+                for i in set(index)
             }
-            clip = torch.from_numpy(np.stack([pixels[i] for i in index.tolist()]))  # (T, H, W, 3)
+            clip = torch.from_numpy(np.stack([pixels[i] for i in index]))  # (T, H, W, 3)
             return clip.permute(0, 3, 1, 2)
 
     def _window(self, start: float, end: float) -> Iterator[av.VideoFrame]:
-        """Decode from the keyframe before `start` to `end`. Where frames are not stored in the order
-        they are shown, a seek can land behind `start`: then again, from further back."""
-        base = self.stream.time_base
+        """Decode from the keyframe before `start` to `end`. Where frames are not stored in the
+        order they are shown, a seek can land behind `start`: then again, from further back."""
         for back in (0, 1, 10, 1e9):  # seconds
-            target = self.first + max(0, int((start - back) / base))
+            target = self.first + max(0, int((start - back) / self.stream.time_base))
             self.container.seek(target, stream=self.stream)
-            frames = self.container.decode(self.stream)
-            frame = next(frames, None)
-            if target == self.first or (frame is not None and self._time(frame) <= start):
+            frames = self._decode()
+            time, frame = next(frames, (math.inf, None))
+            if time <= start or target == self.first:
                 break
-        while frame is not None and self._time(frame) < end:
-            if self._time(frame) >= start:
+        while time < end:
+            if time >= start:
                 yield frame
-            frame = next(frames, None)
+            time, frame = next(frames, (math.inf, None))
 
-    def _time(self, frame: av.VideoFrame) -> float:
-        if frame.pts is None:
-            raise ValueError("its frames have no timestamps")
-        return float((frame.pts - self.first) * self.stream.time_base)
-
-    def close(self) -> None:
-        self.container.close()
-
-    def __exit__(self, *_) -> None:
-        self.close()
+    def _decode(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """The frames from where the file stands, each with its time in seconds."""
+        for frame in self.container.decode(self.stream):
+            if frame.pts is None:
+                raise ValueError("its frames have no timestamps")
+            yield float((frame.pts - self.first) * self.stream.time_base), frame
 
 
 def read_clip(path: str, start: float, duration: float, num_frames: int) -> torch.Tensor:
@@ -825,7 +816,7 @@ def write_clip(path: str | os.PathLike, frames: np.ndarray, rate: int = 12) -> N
 
 
 def _draw(rng, shape: str, num_frames: int = 1, motion=(0, 0, 0, 0), angle: float = 0.0):
-    """One large shape on a smooth background, each a gradient of two colours: (T, 72, 96, 3) uint8."""
+    """One large shape on a smooth background, each with a gradient: uint8 (T, 72, 96, 3)."""
     height, width = 72, 96
     y, x = np.mgrid[:height, :width] - np.array([height / 2, width / 2])[:, None, None]
     at = np.linspace(-0.5, 0.5, num_frames)[:, None, None] * (num_frames > 1)  # (T, 1, 1)
@@ -862,8 +853,8 @@ def write_demo_data(
     """
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     shapes, motions = list(SHAPES), list(MOTIONS)
+    names = [motion.replace("[", "").replace("]", "") for motion in motions]
 
     def write_image(split, i):
         rng, shape = np.random.default_rng([0, split == "val", i]), shapes[i % len(shapes)]
@@ -882,27 +873,23 @@ def write_demo_data(
         )
         write_clip(work / "videos" / "20bn-something-something-v2" / f"{i + 1}.webm", frames)
 
-    def samples(numbers):
-        for i in numbers:
-            template = motions[i % len(motions)]
-            label = template.replace("[", "").replace("]", "")
-            yield {"id": str(i + 1), "label": label, "template": template, "placeholders": []}
+    def sample(i):
+        k = i % len(motions)
+        return {"id": str(i + 1), "label": names[k], "template": motions[k], "placeholders": []}
 
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+        work = Path(folder, "complete")
         (work / "videos" / "20bn-something-something-v2").mkdir(parents=True)
         (work / "videos" / "labels").mkdir()
         for name, content in {
-            "labels": {t.replace("[", "").replace("]", ""): str(i) for i, t in enumerate(motions)},
-            "train": list(samples(range(videos))),
-            "validation": list(samples(range(videos, videos + val_videos))),
+            "labels": {name: str(i) for i, name in enumerate(names)},
+            "train": [sample(i) for i in range(videos)],
+            "validation": [sample(i) for i in range(videos, videos + val_videos)],
         }.items():
             (work / "videos" / "labels" / f"{name}.json").write_text(json.dumps(content, indent=1))
         with ThreadPoolExecutor() as pool:
             list(pool.map(write_video, range(videos + val_videos)))
-            list(pool.map(lambda i: write_image("train", i), range(images)))
-            list(pool.map(lambda i: write_image("val", i), range(val_images)))
-        work.chmod(0o755)
+            list(pool.map(write_image, ["train"] * images, range(images)))
+            list(pool.map(write_image, ["val"] * val_images, range(val_images)))
         work.rename(root)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return root
