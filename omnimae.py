@@ -43,7 +43,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -109,7 +109,7 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, for both kinds
 STD = torch.tensor([0.229, 0.224, 0.225])
 
 
-def normalize(x: torch.Tensor) -> torch.Tensor:
+def normalize(x: Tensor) -> Tensor:
     """uint8, or floats in [0, 1], (B, 3, ...) -> ImageNet-normalised floats of the same shape."""
     if x.ndim < 4 or x.shape[1] != 3:
         raise ValueError(f"got shape {tuple(x.shape)}; expected (B, 3, H, W) or (B, 3, T, H, W)")
@@ -119,7 +119,20 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
     return (x - mean) / std
 
 
-def to_patches(x: torch.Tensor, cfg: OmniMAEConfig) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """(B, 3, T, H, W) -> (B, N, P): patches in raster order, values in (t, h, w, channel) order."""
+    t, h, w = patch_size
+    x = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))  # B 3 T/t t H/h h W/w w
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, N, P)
+
+
+def unpatchify(patches: Tensor, patch_size: tuple, grid: tuple) -> Tensor:
+    """The inverse of `patchify`: (B, N, P) -> (B, 3, T, H, W), for `grid` patches in T, H and W."""
+    x = patches.unflatten(2, (*patch_size, 3)).unflatten(1, grid)  # B T/t H/h W/w t h w 3
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
+def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, int]]:
     """(B, 3, H, W) or (B, 3, T, H, W) -> patches (B, N, P), and how many in time, height and width.
 
     An image is a video of one frame, which is repeated to fill a patch. It may have any size that
@@ -143,26 +156,13 @@ def to_patches(x: torch.Tensor, cfg: OmniMAEConfig) -> tuple[torch.Tensor, tuple
     return patchify(x, cfg.patch_size), (x.shape[2] // t, x.shape[3] // h, x.shape[4] // w)
 
 
-def patchify(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """(B, 3, T, H, W) -> (B, N, P): patches in raster order, values in (t, h, w, channel) order."""
-    t, h, w = patch_size
-    x = x.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(2, (-1, t))  # B 3 T/t t H/h h W/w w
-    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)  # (B, N, P)
-
-
-def unpatchify(patches: torch.Tensor, patch_size: tuple, grid: tuple) -> torch.Tensor:
-    """The inverse of `patchify`: (B, N, P) -> (B, 3, T, H, W), for `grid` patches in T, H and W."""
-    x = patches.unflatten(2, (*patch_size, 3)).unflatten(1, grid)  # B T/t H/h W/w t h w 3
-    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
-
-
-def denormalize(patches: torch.Tensor) -> torch.Tensor:
+def denormalize(patches: Tensor) -> Tensor:
     """Patches (B, N, P) of normalised pixels -> of pixels in [0, 1], of which targets are made."""
     mean, std = (values.to(patches.device, non_blocking=True) for values in (MEAN, STD))
     return (patches.unflatten(2, (-1, 3)) * std + mean).flatten(2)  # the channel is last
 
 
-def normalize_patches(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Patches with mean 0 and variance 1 in each patch and channel, and those means and deviations
     (variance with n - 1): each (B, N, P)."""
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
@@ -172,23 +172,20 @@ def normalize_patches(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     return tuple(part.flatten(2) for part in parts)
 
 
-def sincos_positions(num: int, dim: int) -> torch.Tensor:
+def sincos_positions(num: int, dim: int) -> Tensor:
     """The fixed table (num, dim) over the raster index: sines in even, cosines in odd columns."""
     angle = np.arange(num)[:, None] / 10000 ** (np.arange(dim) // 2 * 2 / dim)  # (num, dim)
     table = np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle))
     return torch.from_numpy(table).float()
 
 
-def positions_for(table: torch.Tensor, grid: tuple, cfg: OmniMAEConfig) -> torch.Tensor:
+def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
     """The rows (N, D) of a clip's table for `grid`: an image takes the first slot in time,
     bicubically interpolated when its size is not the model's."""
-    if grid == cfg.grid:
-        return table
     _, h, w = cfg.grid
-    slot = table[: h * w]
     if grid[1:] == (h, w):
-        return slot
-    slot = slot.T.reshape(1, -1, h, w)  # (1, D, h, w)
+        return table[: math.prod(grid)]
+    slot = table[: h * w].T.reshape(1, -1, h, w)  # (1, D, h, w)
     return F.interpolate(slot, size=grid[1:], mode="bicubic").flatten(2)[0].T  # (N, D)
 
 
@@ -202,7 +199,7 @@ def random_mask(
     ratio: float,
     kind: str = "random",
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """bool (B, N), True = masked: int(ratio * N) patches of each sample, drawn uniformly.
 
     "random" draws over time and space at once; "tube" draws once over space and repeats that over
@@ -220,7 +217,7 @@ def random_mask(
     return mask.repeat(1, repeats)
 
 
-def split_mask(mask: torch.Tensor, batch: int, num: int) -> tuple[torch.Tensor, ...]:
+def split_mask(mask: Tensor, batch: int, num: int) -> tuple[Tensor, ...]:
     """A mask -> visible (B, V) and masked (B, M) indices in raster order, and bool (B, N).
 
     `mask` is bool (B, N), True = masked; or the int64 visible indices (B, V), which is what the
@@ -247,7 +244,7 @@ def split_mask(mask: torch.Tensor, batch: int, num: int) -> tuple[torch.Tensor, 
     return order[:, :num_visible], order[:, num_visible:], mask
 
 
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each sample: (B, N, D), (B, K) -> (B, K, D)."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
@@ -265,7 +262,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
         x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads); never holds N x N
@@ -278,7 +275,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -293,7 +290,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
         self.drop_path = drop_path
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
 
@@ -304,7 +301,7 @@ class Blocks(nn.ModuleList):
 
     checkpointing = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for block in self:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -340,7 +337,7 @@ class Encoder(nn.Module):
         rates = np.linspace(0, drop_path, cfg.depth).tolist()  # grows linearly over the blocks
         self.blocks = Blocks(Block(cfg.dim, cfg.heads, drop_path=rate) for rate in rates)
 
-    def forward(self, patches: torch.Tensor, grid: tuple, visible: torch.Tensor | None = None):
+    def forward(self, patches: Tensor, grid: tuple, visible: Tensor | None = None):
         """(B, N, P) and the visible indices (B, V), default all -> (B, V, D)."""
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         if visible is not None:
@@ -368,7 +365,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.decoder_dim, eps=1e-6)
         self.head = nn.Linear(cfg.decoder_dim, cfg.patch_values)
 
-    def forward(self, x: torch.Tensor, grid: tuple, visible: torch.Tensor, masked: torch.Tensor):
+    def forward(self, x: Tensor, grid: tuple, visible: Tensor, masked: Tensor):
         """(B, V, D) and both kinds of indices -> (B, M, P)."""
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
@@ -391,9 +388,7 @@ class OmniMAE(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.decoder.head.weight, std=0.02)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the prediction and the mask.
 
         x: (B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised. mask: bool (B, N), True = masked,
@@ -412,7 +407,7 @@ class OmniMAE(nn.Module):
         return F.mse_loss(pred, target), pred, mask
 
     @torch.no_grad()
-    def reconstruct(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pixels in [0, 1], (B, 3, T, H, W), T = 1 for images: visible patches as they are, masked
         ones predicted and un-normalised with the true patch's mean and deviation.
 
@@ -447,16 +442,16 @@ class Classifier(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised -> (B, N, D), before pooling."""
         return self.encoder(*to_patches(x, self.cfg))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised -> logits (B, num_classes)."""
         return self.head(self.norm(self.features(x).mean(1)))
 
 
-def draw_reconstruction(model: OmniMAE, x: torch.Tensor, mask: torch.Tensor) -> PIL.Image.Image:
+def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Image:
     """One normalised image (3, H, W) or clip (3, T, H, W), mask bool (N,) -> a picture: original |
     what the encoder sees | reconstruction; of a clip, three rows of frames."""
     patches, grid = to_patches(x[None], model.cfg)
@@ -478,73 +473,6 @@ CHECKPOINTS = {
     for size in "blh"
     for kind, file in (("pretrain", "pretrain"), ("in1k", "in1k_ft"), ("ssv2", "ssv2_ft"))
 }
-
-
-def convert_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A released state dict's keys and shapes -> this project's.
-
-    Takes the nine released files, and what the released trainer saves, which has the head under
-    `heads.0.` with one more level. A key of neither is kept, so that strict loading names it.
-    """
-    pretrain = any(key.startswith("trunk.decoder.") for key in state)
-    head = "decoder.head." if pretrain else "head."
-    renames = (
-        ("trunk.mask_token", "decoder.mask_token"),
-        ("trunk.patch_embed.proj.1.", "encoder.patch_embed."),
-        ("trunk.pos_embed", "encoder.pos_embed"),
-        ("trunk.blocks.", "encoder.blocks."),
-        ("trunk.norm.", "norm."),
-        ("trunk.decoder.decoder_embed.", "decoder.embed."),
-        ("trunk.decoder.decoder_blocks.", "decoder.blocks."),
-        ("trunk.decoder.", "decoder."),
-        ("heads.0.projector.", head),
-        ("heads.0.0.", head),
-        ("heads.0.", head),
-        ("head.", head),
-    )
-    converted = {}
-    for key, value in state.items():
-        old, new = next((pair for pair in renames if key.startswith(pair[0])), ("", ""))
-        key = new + key.removeprefix(old)
-        if key.endswith("pos_embed") and value.ndim == 3:
-            value = value[0]  # (1, N, D) -> (N, D)
-        if key == "encoder.patch_embed.weight" and value.ndim == 5:
-            value = value.permute(0, 2, 3, 4, 1).flatten(1)  # (D, 3, t, h, w) -> (D, P)
-        converted[key] = value
-    return converted
-
-
-def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
-    """A model in eval mode on the CPU: OmniMAE or Classifier, by what the file holds.
-
-    `name` is a released checkpoint's ("vit_b_ssv2"; see CHECKPOINTS), a URL (both are downloaded
-    once, to torch.hub's cache), or the path of a released file or one of this project's.
-    ValueError or OSError, in one sentence, for what cannot be found, read or fitted.
-    """
-    path = _fetch(str(name))
-    file = read_checkpoint(path)
-    state = file.get("model", file)
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise ValueError(f"{path}: not an OmniMAE checkpoint: it holds more than tensors")
-    try:
-        if "settings" in file:  # this project's
-            cfg = OmniMAEConfig(**file["config"])
-        else:
-            state = convert_released(state)
-            cfg = _released_config(state)
-        with torch.device("meta"):  # no memory, no work: the file's tensors take the place
-            if "decoder.mask_token" in state:
-                model = OmniMAE(cfg)
-            else:
-                num_classes = len(state.get("head.bias", ()))
-                model = Classifier(cfg, num_classes, classes=file.get("classes"))
-        model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not an OmniMAE checkpoint: {reason}") from error
-    return model.requires_grad_().eval()
 
 
 def _fetch(name: str) -> Path:
@@ -578,7 +506,41 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             ) from error
 
 
-def _released_config(state: dict[str, torch.Tensor]) -> OmniMAEConfig:
+def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released state dict's keys and shapes -> this project's.
+
+    Takes the nine released files, and what the released trainer saves, which has the head under
+    `heads.0.` with one more level. A key of neither is kept, so that strict loading names it.
+    """
+    pretrain = any(key.startswith("trunk.decoder.") for key in state)
+    head = "decoder.head." if pretrain else "head."
+    renames = (
+        ("trunk.mask_token", "decoder.mask_token"),
+        ("trunk.patch_embed.proj.1.", "encoder.patch_embed."),
+        ("trunk.pos_embed", "encoder.pos_embed"),
+        ("trunk.blocks.", "encoder.blocks."),
+        ("trunk.norm.", "norm."),
+        ("trunk.decoder.decoder_embed.", "decoder.embed."),
+        ("trunk.decoder.decoder_blocks.", "decoder.blocks."),
+        ("trunk.decoder.", "decoder."),
+        ("heads.0.projector.", head),
+        ("heads.0.0.", head),
+        ("heads.0.", head),
+        ("head.", head),
+    )
+    converted = {}
+    for key, value in state.items():
+        old, new = next((pair for pair in renames if key.startswith(pair[0])), ("", ""))
+        key = new + key.removeprefix(old)
+        if key.endswith("pos_embed") and value.ndim == 3:
+            value = value[0]  # (1, N, D) -> (N, D)
+        if key == "encoder.patch_embed.weight" and value.ndim == 5:
+            value = value.permute(0, 2, 3, 4, 1).flatten(1)  # (D, 3, t, h, w) -> (D, P)
+        converted[key] = value
+    return converted
+
+
+def _released_config(state: dict[str, Tensor]) -> OmniMAEConfig:
     """The size of a released model, read from its tensors."""
     shape = tuple(state.get("encoder.patch_embed.weight", torch.empty(0)).shape)  # (D, P)
     depth = len({key.split(".")[2] for key in state if key.startswith("encoder.blocks.")})
@@ -588,6 +550,39 @@ def _released_config(state: dict[str, torch.Tensor]) -> OmniMAEConfig:
     raise ValueError(
         f"a patch embedding of {shape} and {depth} blocks fit none of {', '.join(MODELS)}"
     )
+
+
+def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
+    """A model in eval mode on the CPU: OmniMAE or Classifier, by what the file holds.
+
+    `name` is a released checkpoint's ("vit_b_ssv2"; see CHECKPOINTS), a URL (both are downloaded
+    once, to torch.hub's cache), or the path of a released file or one of this project's.
+    ValueError or OSError, in one sentence, for what cannot be found, read or fitted.
+    """
+    path = _fetch(str(name))
+    file = read_checkpoint(path)
+    state = file.get("model", file)
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError(f"{path}: not an OmniMAE checkpoint: it holds more than tensors")
+    try:
+        if "settings" in file:  # this project's
+            cfg = OmniMAEConfig(**file["config"])
+        else:
+            state = convert_released(state)
+            cfg = _released_config(state)
+        with torch.device("meta"):  # no memory, no work: the file's tensors take the place
+            if "decoder.mask_token" in state:
+                model = OmniMAE(cfg)
+            else:
+                num_classes = len(state.get("head.bias", ()))
+                model = Classifier(cfg, num_classes, classes=file.get("classes"))
+        model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not an OmniMAE checkpoint: {reason}") from error
+    return model.requires_grad_().eval()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -617,6 +612,29 @@ class Listing(NamedTuple):
     paths: list[str]
     labels: list[int] | None
     classes: list[str] | None
+
+
+def read_labels(path: str | os.PathLike) -> list[str]:
+    """The class names of a labels.json like SSv2's, {"name": "0", ...}, in the order of their
+    numbers. ValueError names a file that is not like that."""
+    with _reading(path):
+        number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
+        if sorted(number.values()) != list(range(len(number))):
+            raise ValueError("its classes are not numbered from 0")
+    return sorted(number, key=number.get)
+
+
+def _list_ssv2(root: Path, split: str) -> Listing:
+    folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
+    classes = read_labels(root / "labels" / "labels.json")
+    with _reading(path):
+        samples = json.loads(path.read_text())
+        names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
+        paths = [str(folder / f"{sample['id']}.webm") for sample in samples]
+    if unknown := set(names) - set(classes):
+        raise ValueError(f"{path}: labels.json has no {min(unknown)!r} ({len(unknown)} such)")
+    number = {name: i for i, name in enumerate(classes)}
+    return Listing(paths, [number[name] for name in names], classes)
 
 
 def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> Listing:
@@ -656,29 +674,6 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
     return Listing(flat, None, None)
 
 
-def _list_ssv2(root: Path, split: str) -> Listing:
-    folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
-    classes = read_labels(root / "labels" / "labels.json")
-    with _reading(path):
-        samples = json.loads(path.read_text())
-        names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
-        paths = [str(folder / f"{sample['id']}.webm") for sample in samples]
-    if unknown := set(names) - set(classes):
-        raise ValueError(f"{path}: labels.json has no {min(unknown)!r} ({len(unknown)} such)")
-    number = {name: i for i, name in enumerate(classes)}
-    return Listing(paths, [number[name] for name in names], classes)
-
-
-def read_labels(path: str | os.PathLike) -> list[str]:
-    """The class names of a labels.json like SSv2's, {"name": "0", ...}, in their order. ValueError
-    names a file that is not like that."""
-    with _reading(path):
-        number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
-        if sorted(number.values()) != list(range(len(number))):
-            raise ValueError("its classes are not numbered from 0")
-    return sorted(number, key=number.get)
-
-
 def _check_size(width: int, height: int) -> None:
     """A broken header can claim any size, and a line of pixels fills the memory when resized."""
     if width * height > MAX_PIXELS or max(width, height) > 100 * min(width, height):
@@ -688,7 +683,7 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def read_image(path: str | os.PathLike) -> torch.Tensor:
+def read_image(path: str | os.PathLike) -> Tensor:
     """uint8 (3, H, W), always RGB: grey and CMYK converted, 16 bit cut to 8, alpha dropped, EXIF
     orientation left as stored. ValueError names a file that cannot be read."""
     with _reading(path), PIL.Image.open(path) as image:
@@ -722,7 +717,7 @@ class Video(AbstractContextManager):
     def __exit__(self, *_) -> None:
         self.container.close()
 
-    def clip(self, start: float, duration: float, num_frames: int) -> torch.Tensor:
+    def clip(self, start: float, duration: float, num_frames: int) -> Tensor:
         """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds
         from the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
         with _reading(self.path):
@@ -767,7 +762,7 @@ class Video(AbstractContextManager):
             yield float((frame.pts - self.first) * self.stream.time_base), frame
 
 
-def read_clip(path: str, start: float, duration: float, num_frames: int) -> torch.Tensor:
+def read_clip(path: str, start: float, duration: float, num_frames: int) -> Tensor:
     """uint8 (T, 3, H, W): `num_frames` of the frames from `start` for `duration` seconds, as
     `Video.clip` chooses them. ValueError names a file that cannot be read."""
     with Video(path) as video:
@@ -882,7 +877,7 @@ def write_demo_data(
         (work / "videos" / "20bn-something-something-v2").mkdir(parents=True)
         (work / "videos" / "labels").mkdir()
         for name, content in {
-            "labels": {name: str(i) for i, name in enumerate(names)},
+            "labels": {label: str(i) for i, label in enumerate(names)},
             "train": [sample(i) for i in range(videos)],
             "validation": [sample(i) for i in range(videos, videos + val_videos)],
         }.items():
