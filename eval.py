@@ -11,7 +11,6 @@ cropped. A video is 15 views, 5 clips in time x 3 crops in space, whose logits a
 
 import argparse
 import csv
-import json
 import math
 import os
 import sys
@@ -59,21 +58,20 @@ def list_labelled(
                 f"{names[min(alone)]!r} has one file in all: expected at least two"
             )
     classes = classes or names
-    missing, unknown = (sorted(set(a) - set(b)) for a, b in ((classes, names), (names, classes)))
-    for what, some in (("lacks", missing), ("has also", unknown)):
-        if some:
-            raise ValueError(
-                f"{root}: its {split} part {what} {some[0]!r} ({len(some)} such), compared with the "
-                f"{len(classes)} classes trained on: expected the same classes in both, or a "
-                "checkpoint that was finetuned on this data set"
-            )
-    number = {name: i for i, name in enumerate(classes)}
-    return omnimae.Listing(paths, [number[names[label]] for label in labels], classes)
+    missing, unknown = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
+    if missing or unknown:
+        raise ValueError(
+            f"{root}: its {split} part lacks {missing[:3] or 'none'} of the {len(classes)} classes "
+            f"trained on, and has {unknown[:3] or 'none'} besides: expected the same classes, or a "
+            "checkpoint that was finetuned on this data set"
+        )
+    number = [classes.index(name) for name in names]
+    return omnimae.Listing(paths, [number[label] for label in labels], classes)
 
 
 def read_views(path: str, kind: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> torch.Tensor:
-    """uint8. An image (3, S, S): the short side resized to S by PIL, bicubic with antialiasing, and
-    the centre cropped. A video (clips, T, 3, H, W): evenly spread clips of 2.7 s."""
+    """uint8. An image (3, S, S): the short side resized to S by PIL, bicubic with antialiasing,
+    and the centre cropped. A video (clips, T, 3, H, W): evenly spread clips of 2.7 s."""
     if kind == "images":
         image = to_pil_image(omnimae.read_image(path))
         image = resize(image, cfg.image_size, InterpolationMode.BICUBIC)
@@ -179,8 +177,9 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run
             f"{args.checkpoint} has {model.head.out_features} classes, {root} has "
             f"{len(listing.classes)}: expected a checkpoint that finetune.py made with --{kind} {root}"
         )
-    result = accuracy(model, kind, listing, run, args.views, args.batch_size)
-    top1, top5, unreadable, best, probability = result
+    top1, top5, unreadable, best, probability = accuracy(
+        model, kind, listing, run, args.views, args.batch_size
+    )
     published = PUBLISHED.get(args.checkpoint)
     num_views = 1 if kind == "images" else math.prod(args.views)
     run.print(
@@ -211,18 +210,13 @@ def class_names(model: omnimae.Classifier, labels: str | None) -> list[str]:
     """From a labels.json, from torchvision for IN1k, from the checkpoint; else indices."""
     num = model.head.out_features
     if labels:
-        try:
-            names = {int(i): name for name, i in json.loads(Path(labels).read_text()).items()}
-        except (ValueError, AttributeError, TypeError):
-            raise ValueError(
-                f'{labels}: expected JSON like SSv2\'s labels.json, {{"name": "0", ...}}'
-            ) from None
-        if sorted(names) != list(range(num)):
+        names = omnimae.read_labels(labels)
+        if len(names) != num:
             raise ValueError(
                 f"{labels} has {len(names)} classes, the checkpoint has {num}: expected the labels "
                 "of the data set that it was finetuned on"
             )
-        return [names[i] for i in range(num)]
+        return names
     if num == 1000 and (model.classes is None or model.classes[0] == "n01440764"):
         return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # in the order of the wnids
     return model.classes or [f"class {i}" for i in range(num)]
@@ -249,8 +243,7 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run
     for number, path in enumerate(args.files):
         kind = kind_of(path)
         x = crop_views(read_views(path, kind, cfg, 1).to(run.device), cfg.image_size, 1)
-        _, grid = omnimae.to_patches(x, cfg)
-        ratio = cfg.image_mask_ratio if kind == "images" else cfg.video_mask_ratio
+        grid, ratio = cfg.masking(kind)
         generator = torch.Generator().manual_seed(args.seed)
         mask = omnimae.random_mask(1, grid, args.mask_ratio or ratio, generator=generator)
         with run.autocast:
@@ -290,7 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--videos", "folder of videos, or 'demo'", metavar="DIR")
     parser.add_argument("files", help="images and videos in any mix", nargs="*", metavar="FILE")
     add = train.option_group(parser, "accuracy and labels")
-    add("--views", "of a video: clips x crops, of which 1 or 3 (default: 5x3)", type=clips_x_crops, metavar="CxK")
+    add("--views", "of a video: clips x crops, of which 1 or 3", type=clips_x_crops, default="5x3", metavar="CxK")
     add("--predictions", "write each file's label and five best to this .csv", metavar="FILE")
     add("--labels", "class names, as SSv2's labels.json (default: IN1k's or the checkpoint's)", metavar="FILE")
     add = train.option_group(parser, "reconstructions")
@@ -304,7 +297,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.images) + bool(args.videos) + bool(args.files) != 1:
         parser.error("expected one of these: --images DIR, --videos DIR, files")
-    args.views = args.views or (5, 3)
     return args
 
 
@@ -315,8 +307,7 @@ def main(args: argparse.Namespace) -> None:
     if pretrained and not args.files:
         raise ValueError(
             f"{args.checkpoint} is a pretraining checkpoint, which has no classes: expected a "
-            f"finetuned one, such as vit_b_{'in1k' if args.images else 'ssv2'} or what finetune.py "
-            "makes of this one"
+            "finetuned one, such as vit_b_in1k, vit_b_ssv2 or what finetune.py makes of this one"
         )
     if args.mask_ratio and not pretrained:
         raise ValueError(

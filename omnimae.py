@@ -615,12 +615,14 @@ class Listing(NamedTuple):
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
-    """The class names of a labels.json like SSv2's, {"name": "0", ...}, in the order of their
-    numbers. ValueError names a file that is not like that."""
-    with _reading(path):
+    """The class names of a labels.json in the order of their numbers. OSError, ValueError."""
+    try:
         number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
         if sorted(number.values()) != list(range(len(number))):
             raise ValueError("its classes are not numbered from 0")
+    except (ValueError, AttributeError, TypeError) as error:
+        like = '{"name": "0", ...}, numbered from 0'
+        raise ValueError(f"{path}: expected JSON like SSv2's labels.json, {like}") from error
     return sorted(number, key=number.get)
 
 

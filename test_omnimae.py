@@ -1513,7 +1513,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     for options, words in (
         (("--checkpoint", pretrained, "--images", images), "is a pretraining checkpoint.*expected a finetuned one, such as vit_b_in1k"),
         (("--checkpoint", tuned, "--mask-ratio", 0.5, image), "finetuned checkpoint, which has no decoder.*such as vit_b_pretrain"),
-        (("--checkpoint", tuned, "--videos", videos), "lacks 'circle'.*expected the same classes in both, or a checkpoint"),
+        (("--checkpoint", tuned, "--videos", videos), r"lacks \['circle', .*expected the same classes, or a checkpoint"),
         (("--checkpoint", tmp_path / "ten.torch", "--images", images), "ten.torch has 10 classes, .*images has 8: expected a checkpoint"),
         (("--checkpoint", tmp_path / "ten.torch", "--labels", labels, image), "labels.json has 8 classes, the checkpoint has 10"),
         (("--checkpoint", tuned, "--labels", image, image), "expected JSON like SSv2's"),
@@ -1528,7 +1528,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     for data, words in (
         (
             ("--images", tmp_path / "mine"),
-            r"its val part lacks 'b' \(1 such\), compared with the 2 classes",
+            r"its val part lacks \['b'\] of the 2 classes trained on, and has \['c'\] besides",
         ),
         (("--videos", tmp_path / "empty"), "empty: no videos found"),
         (("--images", tmp_path / "mine" / "train"), "'a' has one file in all"),
