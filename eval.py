@@ -97,7 +97,8 @@ def crop_views(pixels: torch.Tensor, size: int, num_crops: int) -> torch.Tensor:
     frames = F.interpolate(pixels.flatten(0, 1) / 255, (height, width), mode="bilinear")
     frames = omnimae.normalize(frames)  # (clips T, 3, H, W)
     over = max(height, width) - size
-    offsets = (0, math.ceil(over / 2), over) if num_crops == 3 else (math.ceil(over / 2),)
+    centre = math.ceil(over / 2)
+    offsets = (0, centre, over) if num_crops == 3 else (centre,)
     crops = [frames.narrow(3 if width >= height else 2, at, size) for at in offsets]
     views = torch.stack(crops).unflatten(1, pixels.shape[:2])  # (crops, clips, T, 3, S, S)
     return views.permute(1, 0, 3, 2, 4, 5).flatten(0, 1)  # (views, 3, T, S, S)
@@ -175,7 +176,7 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run
     if len(listing.classes) != model.head.out_features:
         raise ValueError(
             f"{args.checkpoint} has {model.head.out_features} classes, {root} has "
-            f"{len(listing.classes)}: expected a checkpoint that finetune.py made with --{kind} {root}"
+            f"{len(listing.classes)}: expected a checkpoint finetuned with --{kind} {root}"
         )
     top1, top5, unreadable, best, probability = accuracy(
         model, kind, listing, run, args.views, args.batch_size
@@ -272,8 +273,9 @@ def clips_x_crops(text: str) -> tuple[int, int]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options: a data set or files, and what fits the kind of checkpoint."""
     parser = argparse.ArgumentParser(
-        description="The accuracy of a finetuned checkpoint on a data set's validation part; or its "
-        "five best labels of files; or a pretraining checkpoint's reconstructions of files, as pictures.",
+        description="The accuracy of a finetuned checkpoint on a data set's validation part; or "
+        "its five best labels of files; or a pretraining checkpoint's reconstructions of files, as "
+        "pictures.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
     )
     # fmt: off

@@ -202,19 +202,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, kind: str) -> None:
-    """What was not given, from the recipe."""
+    """What was not given, from the recipe; the rate in proportion to the batch size."""
     recipe = RECIPES[kind] | LARGER.get(args.model, {})
     if "demo" in (args.model, getattr(args, kind)):
         recipe = DEMO
     if args.freeze:  # what drops out of fixed features is only noise
         recipe = recipe | {"drop_path": 0.0}
-    args.out = args.out or f"runs/{args.model}_{kind}"
-    args.warmup = recipe["warmup"]
-    args.batch_size = args.batch_size or recipe["batch_size"]
-    if args.lr is None:
-        args.lr = recipe["lr"] * args.batch_size / recipe["batch_size"]
-    for key, value in recipe.items():
-        if getattr(args, key) is None:
+    lr = recipe["lr"] * (args.batch_size or recipe["batch_size"]) / recipe["batch_size"]
+    for key, value in (recipe | {"lr": lr, "out": f"runs/{args.model}_{kind}"}).items():
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
 
 
@@ -241,9 +237,8 @@ def main(args: argparse.Namespace) -> None:
     model = build(args, kind, cfg, classes, start).to(run.device)
     groups = parameter_groups(model, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    best = run.open(args, train.RESUMABLE, {"files": {kind: num}}, model, optimizer).get(
-        "best", -1.0
-    )
+    saved = run.open(args, train.RESUMABLE, {"files": {kind: num}}, model, optimizer)
+    best = saved.get("best", -1.0)
     if args.compile:
         model.compile(dynamic=False)
     parallel = run.parallel(model, args.compress_gradients)

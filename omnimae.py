@@ -512,8 +512,7 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Takes the nine released files, and what the released trainer saves, which has the head under
     `heads.0.` with one more level. A key of neither is kept, so that strict loading names it.
     """
-    pretrain = any(key.startswith("trunk.decoder.") for key in state)
-    head = "decoder.head." if pretrain else "head."
+    head = "decoder.head." if "trunk.mask_token" in state else "head."
     renames = (
         ("trunk.mask_token", "decoder.mask_token"),
         ("trunk.patch_embed.proj.1.", "encoder.patch_embed."),
@@ -547,9 +546,7 @@ def _released_config(state: dict[str, Tensor]) -> OmniMAEConfig:
     for cfg in MODELS.values():
         if shape == (cfg.dim, cfg.patch_values) and depth == cfg.depth:
             return replace(cfg, decoder_qkv_bias="decoder.blocks.0.attn.qkv.bias" in state)
-    raise ValueError(
-        f"a patch embedding of {shape} and {depth} blocks fit none of {', '.join(MODELS)}"
-    )
+    raise ValueError(f"a patch embedding of {shape} and {depth} blocks fit none of {list(MODELS)}")
 
 
 def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
@@ -868,22 +865,24 @@ def write_demo_data(
             motion=MOTIONS[motions[i % len(motions)]],
             angle=rng.uniform(0, 2 * np.pi),
         )
-        write_clip(work / "videos" / "20bn-something-something-v2" / f"{i + 1}.webm", frames)
+        write_clip(clips / f"{i + 1}.webm", frames)
 
     def sample(i):
         k = i % len(motions)
         return {"id": str(i + 1), "label": names[k], "template": motions[k], "placeholders": []}
 
+    files = {
+        "labels.json": {name: str(i) for i, name in enumerate(names)},
+        "train.json": [sample(i) for i in range(videos)],
+        "validation.json": [sample(i) for i in range(videos, videos + val_videos)],
+    }
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         work = Path(folder, "complete")
-        (work / "videos" / "20bn-something-something-v2").mkdir(parents=True)
-        (work / "videos" / "labels").mkdir()
-        for name, content in {
-            "labels": {label: str(i) for i, label in enumerate(names)},
-            "train": [sample(i) for i in range(videos)],
-            "validation": [sample(i) for i in range(videos, videos + val_videos)],
-        }.items():
-            (work / "videos" / "labels" / f"{name}.json").write_text(json.dumps(content, indent=1))
+        clips, labels = work / "videos" / "20bn-something-something-v2", work / "videos" / "labels"
+        clips.mkdir(parents=True)
+        labels.mkdir()
+        for name, content in files.items():
+            (labels / name).write_text(json.dumps(content, indent=1))
         with ThreadPoolExecutor() as pool:
             list(pool.map(write_video, range(videos + val_videos)))
             list(pool.map(write_image, ["train"] * images, range(images)))
