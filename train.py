@@ -51,7 +51,10 @@ RESUMABLE = {
 
 def seed_all(*key: int) -> None:
     """Seed PyTorch, so that what is drawn from now on depends on `key` alone."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would take longer than a crop
+    if torch.cuda.is_initialized():  # not in the loader's workers
+        torch.cuda.manual_seed(seed)
 
 
 def learning_rate(
