@@ -440,6 +440,22 @@ def test_names_lead_to_the_released_files():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit_b_inlk", "vit_b_inlk: no such file, and not a released checkpoint: did you mean vit_b_in1k?"),
+        ("vitl_pretrain.torch", "did you mean vit_l_pretrain?"),
+        ("ViT_H", "did you mean vit_h_pretrain, vit_h_in1k, vit_h_ssv2?"),
+        ("runs/mine/last.pt", "not a released checkpoint (vit_b_pretrain, vit_b_in1k, "),
+        (HERE, "is a folder: expected a file, such as "),
+    ],
+)  # fmt: skip
+def test_a_misspelt_checkpoint_is_answered_with_the_nearest(name, words):
+    with pytest.raises(ValueError) as error:
+        omnimae.load_checkpoint(name)
+    assert words in str(error.value)
+
+
 @pytest.fixture
 def released(monkeypatch):
     """Tiny released-layout weights, and a model of that size to read them as."""
@@ -519,8 +535,6 @@ def test_a_damaged_or_dangerous_file_is_refused(released, tmp_path):
         with pytest.raises(ValueError, match="file.torch"):
             omnimae.load_checkpoint(path)
     assert not ran.exists()
-    with pytest.raises(ValueError, match="vit_b_in21k: no such file.*vit_b_pretrain"):
-        omnimae.load_checkpoint("vit_b_in21k")
     with pytest.raises(ValueError, match="http://localhost:9/x.torch"):
         omnimae.load_checkpoint("http://localhost:9/x.torch")
 
@@ -994,13 +1008,14 @@ def test_another_runs_folder_is_refused(pretrain):
     [
         (("--images", "gone"), "gone does not exist: expected a folder of images"),
         (("--images", "file"), "file is a file: expected a folder of images"),
-        (("--videos", "."), "no videos found"),
+        (("--videos", "."), ".wmv; it holds the folders demo_data"),
         (("--init", "vit_b_preterm"), "vit_b_preterm: no such file"),
         (("--batch-size", "63"), "does not divide"),
         (("--device", "cuda"), "has no GPU: PyTorch sees 0"),
-        (("--model", "vit_x"), "invalid choice: 'vit_x'"),
-        (("--image-mask-ratio", "1.5"), "--image-mask-ratio: invalid share value: '1.5'"),
-        (("--epochs", "0"), "--epochs: invalid positive value: '0'"),
+        (("--model", "vit-B"), "'vit-B': none of vit_b, vit_l, vit_h, demo: did you mean vit_b?"),
+        (("--model", "resnet"), "'resnet': none of vit_b, vit_l, vit_h, demo\n"),
+        (("--image-mask-ratio", "1.5"), "--image-mask-ratio: '1.5': expected a share"),
+        (("--epochs", "0"), "--epochs: '0': expected a whole number, 1 or more"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
@@ -1496,7 +1511,6 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
         (("--checkpoint", tuned, "--images", tmp_path / "empty"), "empty: no images found"),
         (("--checkpoint", tuned, "--images", image.parent), "have no labels: expected <class>/<file>"),
         (("--checkpoint", tuned, tmp_path / "gone.mp4"), "gone.mp4: cannot be read"),
-        (("--checkpoint", tuned, tmp_path), "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words) as error:
             run_eval(*options)
@@ -1514,7 +1528,11 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     assert not (tmp_path / "bad").exists()
     for module, options, words in (
         (evaluation, ("--checkpoint", tuned), "expected one of these: --images DIR, --videos DIR, files"),
-        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "invalid clips_x_crops value: '5x2'"),
+        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected clips x crops"),
+        (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
+        (evaluation, ("--checkpoint", tuned, image, "--predictions", "a.csv"), "--predictions is for a data set"),
+        (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv: its folder does not exist"),
+        (finetune, ("--checkpoint", "scratch", "--model", "vit_bb", "--images", images), "did you mean vit_b?"),
         (finetune, ("--checkpoint", "scratch", "--images", images), "expected --model with"),
         (finetune, ("--checkpoint", tuned), "expected one of --images DIR and --videos DIR"),
     ):  # fmt: skip
@@ -1525,6 +1543,17 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("finetune.py: vit_b_x: no such file, and not a released")
+
+
+@pytest.mark.parametrize("script", [train, finetune, evaluation])
+def test_help_fits_a_terminal_and_begins_with_what_matters(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    first = shown.split("model and data", 1)[1].split("\n\n")[0]
+    assert "--images DIR" in first and "--videos DIR" in first
+    assert "--model" in first or "--checkpoint NAME" in first
 
 
 # ------------------------------------------------------------------------------------------------
