@@ -4,12 +4,16 @@ that take long, about real kills and long runs: `SLOW=1 pytest`.
 Nothing is downloaded. Files are real: JPEG, PNG, VP9, H.264, made here; runs are real processes.
 """
 
+import ast
 import csv
+import functools
+import glob
 import json
 import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -1554,6 +1558,99 @@ def test_help_fits_a_terminal_and_begins_with_what_matters(script, capsys):
     first = shown.split("model and data", 1)[1].split("\n\n")[0]
     assert "--images DIR" in first and "--videos DIR" in first
     assert "--model" in first or "--checkpoint NAME" in first
+
+
+# ------------------------------------------------------------------------------------------------
+# The README
+
+README = (HERE / "README.md").read_text()
+SCRIPTS = {"train": train, "finetune": finetune, "eval": evaluation}
+
+
+@functools.cache
+def places(file: str) -> dict[str, str]:
+    """Where the functions, classes, methods and constants of a file are: name -> file.py#L1-L9."""
+    found = {}
+
+    def add(nodes, within=""):
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                name = within + node.name
+                if isinstance(node, ast.ClassDef):
+                    add(node.body, f"{name}.")
+            elif isinstance(node, ast.Assign):
+                name = within + ast.unparse(node.targets[0])
+            else:
+                continue
+            found[name] = f"{file}#L{node.lineno}-L{node.end_lineno}"
+
+    add(ast.parse((HERE / file).read_text()).body)
+    return found
+
+
+def test_the_readme_says_where_each_part_of_the_paper_is_in_the_code():
+    table = README.split("## The paper in the code")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    wrong = []
+    for row in rows:
+        links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L\d+-L\d+\)", row)
+        right = row
+        for name, file in links:
+            assert name in places(file), f"README.md: {file} has no {name}, in: {row}"
+            right = re.sub(rf"\[`{name}`\]\([^)]*\)", f"[`{name}`]({places(file)[name]})", right)
+        if right != row or not links:
+            wrong.append(right)
+    assert len(rows) > 15 and not wrong, "README.md: these rows should be:\n" + "\n".join(wrong)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """The README's commands of this project's scripts: the script and its arguments."""
+    text = README.replace("\\\n", " ")
+    found = re.findall(r"\b(?:torchrun|python) (?:--\S+ +)*(\w+)\.py\b([^`#;&|\n]*)", text)
+    return [(script, shlex.split(arguments)) for script, arguments in found]
+
+
+def test_the_commands_of_the_readme_have_options_that_exist(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(commands()) > 12 and {script for script, _ in commands()} == set(SCRIPTS)
+    known = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts"}
+    for script, arguments in commands():
+        SCRIPTS[script].parse_args(arguments)
+    for script in SCRIPTS.values():
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
+    for name in re.findall(r"omnimae\.(\w+)", README):
+        assert hasattr(omnimae, name) or name == "py", name
+
+
+def test_commands_of_the_readme_that_take_seconds_run(demo, tmp_path, monkeypatch, capsys):
+    clips = sorted((demo / "videos" / "20bn-something-something-v2").iterdir())
+    for name, num_classes in (("demo/last", None), ("vit_b_videos/best", 2)):
+        path = tmp_path / "runs" / f"{name}.pt"
+        path.parent.mkdir(parents=True)
+        torch.save(released_state(released_shapes(MODELS["demo"], num_classes)), path)
+    for name, clip in zip(
+        ("my_videos/a/1", "my_videos/a/2", "my_videos/b/1", "my_videos/b/2"), clips
+    ):
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, path)
+    shutil.copytree(demo, tmp_path / "demo_data")
+    for name in ("new_clip.mp4", "demo_data/videos/20bn-something-something-v2/1601.webm"):
+        shutil.copy(clips[0], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for script, arguments in commands():
+        arguments = [path for word in arguments for path in sorted(glob.glob(word)) or [word]]
+        if script == "eval" and arguments[1].startswith("runs/"):
+            run_eval(*arguments)
+            ran += 1
+    said = capsys.readouterr().out
+    assert ran == 3
+    assert "reconstructions/1601.webm.mp4" in said and "2 videos, 15 views of each" in said
+    assert "new_clip.mp4\n" in said
 
 
 # ------------------------------------------------------------------------------------------------
