@@ -13,6 +13,7 @@ import argparse
 import csv
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -264,9 +265,9 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run
 
 
 def clips_x_crops(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[13]", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected clips x crops, 1 or 3, such as 5x3")
     num_clips, num_crops = map(int, text.split("x"))
-    if num_clips < 1 or num_crops not in (1, 3):
-        raise ValueError
     return num_clips, num_crops
 
 
@@ -277,13 +278,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "its five best labels of files; or a pretraining checkpoint's reconstructions of files, as "
         "pictures.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
+        usage="%(prog)s --checkpoint NAME (--images DIR | --videos DIR | FILE [FILE ...]) ...",
     )
     # fmt: off
     add = train.option_group(parser, "model and data: a data set or files")
     add("--checkpoint", f"path, or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
     add("--images", "folder of images, or 'demo'", metavar="DIR")
     add("--videos", "folder of videos, or 'demo'", metavar="DIR")
-    parser.add_argument("files", help="images and videos in any mix", nargs="*", metavar="FILE")
+    add("files", "images and videos in any mix", nargs="*", metavar="FILE")
     add = train.option_group(parser, "accuracy and labels")
     add("--views", "of a video: clips x crops, of which 1 or 3", type=clips_x_crops, default="5x3", metavar="CxK")
     add("--predictions", "write each file's label and five best to this .csv", metavar="FILE")
@@ -299,6 +301,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.images) + bool(args.videos) + bool(args.files) != 1:
         parser.error("expected one of these: --images DIR, --videos DIR, files")
+    if folders := [path for path in args.files if Path(path).is_dir()]:
+        parser.error(f"{folders[0]} is a folder: expected files, or --images or --videos before it")
+    if args.predictions and args.files:
+        parser.error("--predictions is for a data set: expected --images DIR or --videos DIR")
+    if args.predictions and not Path(args.predictions).parent.is_dir():
+        parser.error(f"--predictions {args.predictions}: its folder does not exist")
     return args
 
 

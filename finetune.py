@@ -176,12 +176,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = train.option_group(parser, "model and data")
     add("--checkpoint", f"path, 'scratch', or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
-    add("--model", "the size, for --checkpoint scratch only", choices=list(omnimae.MODELS))
+    add("--model", "the size, for --checkpoint scratch only", type=train.model_name, choices=list(omnimae.MODELS))
     add("--images", "labelled images, or 'demo': the recipe of ImageNet-1k", metavar="DIR")
     add("--videos", "labelled videos, or 'demo': the recipe of Something-Something v2", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL_images or runs/MODEL_videos)", metavar="DIR")
-    add = train.option_group(parser, "recipe: defaults are the released ones for ViT-B; for vit_l and vit_h MAE's on "
-                             "ImageNet, the nearest published")
+    add = train.option_group(parser, "recipe: defaults are the released ones for ViT-B, MAE's on ImageNet for ViT-L and ViT-H")
     add("--epochs", shown("epochs"), type=train.positive)
     add("--batch-size", "over all processes " + shown("batch_size"), type=train.positive)
     add("--lr", f"peak learning rate, by default in proportion to the batch size {shown('lr')}", type=float)

@@ -26,11 +26,12 @@ P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a cli
 After pretraining the decoder is thrown away; `Classifier` runs the encoder on all patches.
 """
 
+import difflib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -475,14 +476,21 @@ CHECKPOINTS = {
 }
 
 
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question for the end of an error message: the names that begin so, or else the nearest."""
+    near = [other for other in names if other.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), names, 1)
+    return f": did you mean {', '.join(near)}?" if near else ""
+
+
 def _fetch(name: str) -> Path:
     """A checkpoint's path, downloaded first where `name` is a released one's or a URL."""
-    if Path(name).is_file():
+    if Path(name).exists():
         return Path(name)
     url = CHECKPOINTS.get(name, name)
     if "://" not in url:
-        known = ", ".join(CHECKPOINTS)
-        raise ValueError(f"{name}: no such file, and not a released checkpoint ({known})")
+        known = did_you_mean(name, CHECKPOINTS) or f" ({', '.join(CHECKPOINTS)})"
+        raise ValueError(f"{name}: no such file, and not a released checkpoint{known}")
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not path.exists():
         try:
@@ -496,6 +504,8 @@ def _fetch(name: str) -> Path:
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """What torch.save wrote, a dict of tensors and plain values; code in a file is never run.
     OSError, or ValueError for anything else."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: expected a file, such as {path}/last.pt")
     with open(path, "rb") as file:
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -669,6 +679,7 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
         raise ValueError(
             f"{part}: no {kind} found: expected <class>/<file> or files that end in "
             f"{' '.join(SUFFIXES[kind])}"
+            + (f"; it holds the folders {', '.join(folders[:5])}" if folders else "")
         )
     return Listing(flat, None, None)
 

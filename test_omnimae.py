@@ -4,12 +4,16 @@ that take long, about real kills and long runs: `SLOW=1 pytest`.
 Nothing is downloaded. Files are real: JPEG, PNG, VP9, H.264, made here; runs are real processes.
 """
 
+import ast
 import csv
+import functools
+import glob
 import json
 import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -441,6 +445,22 @@ def test_names_lead_to_the_released_files():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit_b_inlk", "vit_b_inlk: no such file, and not a released checkpoint: did you mean vit_b_in1k?"),
+        ("vitl_pretrain.torch", "did you mean vit_l_pretrain?"),
+        ("ViT_H", "did you mean vit_h_pretrain, vit_h_in1k, vit_h_ssv2?"),
+        ("runs/mine/last.pt", "not a released checkpoint (vit_b_pretrain, vit_b_in1k, "),
+        (HERE, "is a folder: expected a file, such as "),
+    ],
+)  # fmt: skip
+def test_a_misspelt_checkpoint_is_answered_with_the_nearest(name, words):
+    with pytest.raises(ValueError) as error:
+        omnimae.load_checkpoint(name)
+    assert words in str(error.value)
+
+
 @pytest.fixture
 def released(monkeypatch):
     """Tiny released-layout weights, and a model of that size to read them as."""
@@ -522,8 +542,6 @@ def test_a_damaged_or_dangerous_file_is_refused(released, tmp_path):
         with pytest.raises(ValueError, match="file.torch"):
             omnimae.load_checkpoint(path)
     assert not ran.exists()
-    with pytest.raises(ValueError, match="vit_b_in21k: no such file.*vit_b_pretrain"):
-        omnimae.load_checkpoint("vit_b_in21k")
     with pytest.raises(ValueError, match="http://localhost:9/x.torch"):
         omnimae.load_checkpoint("http://localhost:9/x.torch")
 
@@ -1018,13 +1036,14 @@ def test_another_runs_folder_is_refused(pretrain):
     [
         (("--images", "gone"), "gone does not exist: expected a folder of images"),
         (("--images", "file"), "file is a file: expected a folder of images"),
-        (("--videos", "."), "no videos found"),
+        (("--videos", "."), ".wmv; it holds the folders demo_data"),
         (("--init", "vit_b_preterm"), "vit_b_preterm: no such file"),
         (("--batch-size", "63"), "does not divide"),
         (("--device", "cuda"), "has no GPU: PyTorch sees 0"),
-        (("--model", "vit_x"), "invalid choice: 'vit_x'"),
-        (("--image-mask-ratio", "1.5"), "--image-mask-ratio: invalid share value: '1.5'"),
-        (("--epochs", "0"), "--epochs: invalid positive value: '0'"),
+        (("--model", "vit-B"), "'vit-B': none of vit_b, vit_l, vit_h, demo: did you mean vit_b?"),
+        (("--model", "resnet"), "'resnet': none of vit_b, vit_l, vit_h, demo\n"),
+        (("--image-mask-ratio", "1.5"), "--image-mask-ratio: '1.5': expected a share"),
+        (("--epochs", "0"), "--epochs: '0': expected a whole number, 1 or more"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
@@ -1520,7 +1539,6 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
         (("--checkpoint", tuned, "--images", tmp_path / "empty"), "empty: no images found"),
         (("--checkpoint", tuned, "--images", image.parent), "have no labels: expected <class>/<file>"),
         (("--checkpoint", tuned, tmp_path / "gone.mp4"), "gone.mp4: cannot be read"),
-        (("--checkpoint", tuned, tmp_path), "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words) as error:
             run_eval(*options)
@@ -1538,7 +1556,11 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     assert not (tmp_path / "bad").exists()
     for module, options, words in (
         (evaluation, ("--checkpoint", tuned), "expected one of these: --images DIR, --videos DIR, files"),
-        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "invalid clips_x_crops value: '5x2'"),
+        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected clips x crops"),
+        (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
+        (evaluation, ("--checkpoint", tuned, image, "--predictions", "a.csv"), "--predictions is for a data set"),
+        (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv: its folder does not exist"),
+        (finetune, ("--checkpoint", "scratch", "--model", "vit_bb", "--images", images), "did you mean vit_b?"),
         (finetune, ("--checkpoint", "scratch", "--images", images), "expected --model with"),
         (finetune, ("--checkpoint", tuned), "expected one of --images DIR and --videos DIR"),
     ):  # fmt: skip
@@ -1549,6 +1571,110 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("finetune.py: vit_b_x: no such file, and not a released")
+
+
+@pytest.mark.parametrize("script", [train, finetune, evaluation])
+def test_help_fits_a_terminal_and_begins_with_what_matters(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    first = shown.split("model and data", 1)[1].split("\n\n")[0]
+    assert "--images DIR" in first and "--videos DIR" in first
+    assert "--model" in first or "--checkpoint NAME" in first
+
+
+# ------------------------------------------------------------------------------------------------
+# The README
+
+README = (HERE / "README.md").read_text()
+SCRIPTS = {"train": train, "finetune": finetune, "eval": evaluation}
+
+
+@functools.cache
+def places(file: str) -> dict[str, str]:
+    """Where the functions, classes, methods and constants of a file are: name -> file.py#L1-L9."""
+    found = {}
+
+    def add(nodes, within=""):
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                name = within + node.name
+                if isinstance(node, ast.ClassDef):
+                    add(node.body, f"{name}.")
+            elif isinstance(node, ast.Assign):
+                name = within + ast.unparse(node.targets[0])
+            else:
+                continue
+            found[name] = f"{file}#L{node.lineno}-L{node.end_lineno}"
+
+    add(ast.parse((HERE / file).read_text()).body)
+    return found
+
+
+def test_the_readme_says_where_each_part_of_the_paper_is_in_the_code():
+    table = README.split("## The paper in the code")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    wrong = []
+    for row in rows:
+        links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L\d+-L\d+\)", row)
+        right = row
+        for name, file in links:
+            assert name in places(file), f"README.md: {file} has no {name}, in: {row}"
+            right = re.sub(rf"\[`{name}`\]\([^)]*\)", f"[`{name}`]({places(file)[name]})", right)
+        if right != row or not links:
+            wrong.append(right)
+    assert len(rows) > 15 and not wrong, "README.md: these rows should be:\n" + "\n".join(wrong)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """The README's commands of this project's scripts: the script and its arguments."""
+    text = README.replace("\\\n", " ")
+    found = re.findall(r"\b(?:torchrun|python) (?:--\S+ +)*(\w+)\.py\b([^`#;&|\n]*)", text)
+    return [(script, shlex.split(arguments)) for script, arguments in found]
+
+
+def test_the_commands_of_the_readme_have_options_that_exist(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(commands()) > 12 and {script for script, _ in commands()} == set(SCRIPTS)
+    known = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts"}
+    for script, arguments in commands():
+        SCRIPTS[script].parse_args(arguments)
+    for script in SCRIPTS.values():
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
+    for name in re.findall(r"omnimae\.(\w+)", README):
+        assert hasattr(omnimae, name) or name == "py", name
+
+
+def test_commands_of_the_readme_that_take_seconds_run(demo, tmp_path, monkeypatch, capsys):
+    clips = sorted((demo / "videos" / "20bn-something-something-v2").iterdir())
+    for name, num_classes in (("demo/last", None), ("vit_b_videos/best", 2)):
+        path = tmp_path / "runs" / f"{name}.pt"
+        path.parent.mkdir(parents=True)
+        torch.save(released_state(released_shapes(MODELS["demo"], num_classes)), path)
+    for name, clip in zip(
+        ("my_videos/a/1", "my_videos/a/2", "my_videos/b/1", "my_videos/b/2"), clips
+    ):
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, path)
+    shutil.copytree(demo, tmp_path / "demo_data")
+    for name in ("new_clip.mp4", "demo_data/videos/20bn-something-something-v2/1601.webm"):
+        shutil.copy(clips[0], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for script, arguments in commands():
+        arguments = [path for word in arguments for path in sorted(glob.glob(word)) or [word]]
+        if script == "eval" and arguments[1].startswith("runs/"):
+            run_eval(*arguments)
+            ran += 1
+    said = capsys.readouterr().out
+    assert ran == 3
+    assert "reconstructions/1601.webm.mp4" in said and "2 videos, 15 views of each" in said
+    assert "new_clip.mp4\n" in said
 
 
 # ------------------------------------------------------------------------------------------------

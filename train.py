@@ -51,7 +51,10 @@ RESUMABLE = {
 
 def seed_all(*key: int) -> None:
     """Seed PyTorch, so that what is drawn from now on depends on `key` alone."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would take longer than a crop
+    if torch.cuda.is_initialized():  # not in the loader's workers
+        torch.cuda.manual_seed(seed)
 
 
 def learning_rate(
@@ -526,15 +529,22 @@ def memory_gb(device: torch.device) -> float:
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
     return int(text)
 
 
 def share(text: str) -> float:
     if not 0 < float(text) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share between 0 and 1, as 0.9")
     return float(text)
+
+
+def model_name(text: str) -> str:
+    if text not in omnimae.MODELS:
+        near = omnimae.did_you_mean(text, omnimae.MODELS)
+        raise argparse.ArgumentTypeError(f"{text!r}: none of {', '.join(omnimae.MODELS)}{near}")
+    return text
 
 
 def option_group(parser: argparse.ArgumentParser, title: str):
@@ -581,7 +591,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     # fmt: off
     add = option_group(parser, "model and data")
-    add("--model", "the size", default="vit_b", choices=list(omnimae.MODELS))
+    add("--model", "the size", default="vit_b", type=model_name, choices=list(omnimae.MODELS))
     add("--images", "folder of images, or 'demo'", metavar="DIR")
     add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
@@ -625,7 +635,7 @@ def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.Omn
     if not hasattr(loaded, "decoder"):
         raise ValueError(
             f"--init {name} is a finetuned checkpoint: expected a pretraining one, which has the "
-            f"decoder, such as {model}_pretrain"
+            "decoder, such as vit_b_pretrain or what this script saves"
         )
     cfg = replace(cfg, decoder_qkv_bias=loaded.cfg.decoder_qkv_bias)
     ratios = {"image_mask_ratio": cfg.image_mask_ratio, "video_mask_ratio": cfg.video_mask_ratio}
