@@ -476,6 +476,16 @@ CHECKPOINTS = {
 }
 
 
+@contextmanager
+def _reading(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
+    """Whatever a file's content makes its reader say becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {what}: {reason}") from error
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A question for the end of an error message: the names that begin so, or else the nearest."""
     near = [other for other in names if other.startswith(name.lower())]
@@ -569,11 +579,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     path = _fetch(str(name))
     file = read_checkpoint(path)
     state = file.get("model", file)
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ValueError(f"{path}: not an OmniMAE checkpoint: it holds more than tensors")
-    try:
+    with _reading(path, "not an OmniMAE checkpoint"):
         if "settings" in file:  # this project's
             cfg = OmniMAEConfig(**file["config"])
         else:
@@ -586,9 +592,6 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
                 num_classes = len(state.get("head.bias", ()))
                 model = Classifier(cfg, num_classes, classes=file.get("classes"))
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not an OmniMAE checkpoint: {reason}") from error
     return model.requires_grad_().eval()
 
 
@@ -603,16 +606,6 @@ SUFFIXES = {
 }
 
 
-@contextmanager
-def _reading(path: str | os.PathLike) -> Iterator[None]:
-    """Whatever a broken file makes a decoder say becomes a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read: {reason}") from error
-
-
 class Listing(NamedTuple):
     """The files of a data set; labels and class names where the layout has them."""
 
@@ -622,15 +615,10 @@ class Listing(NamedTuple):
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
-    """The class names of a labels.json in the order of their numbers. OSError, ValueError."""
-    try:
+    """The class names of a labels.json, in the order of their numbers. ValueError names another."""
+    with _reading(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
         number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
-        if sorted(number.values()) != list(range(len(number))):
-            raise ValueError("its classes are not numbered from 0")
-    except (ValueError, AttributeError, TypeError) as error:
-        like = '{"name": "0", ...}, numbered from 0'
-        raise ValueError(f"{path}: expected JSON like SSv2's labels.json, {like}") from error
-    return sorted(number, key=number.get)
+        return sorted(number, key=number.get)
 
 
 def _list_ssv2(root: Path, split: str) -> Listing:
@@ -740,14 +728,12 @@ class Video(AbstractContextManager):
                 frames.append(frame)
             if not frames:
                 raise ValueError(f"no frame between {start:.3f} and {start + duration:.3f} s")
-            index = np.linspace(0, len(frames) - 1, num_frames).astype(int).tolist()
-            size = {"width": frames[0].width, "height": frames[0].height, "threads": 1}
-            pixels = {  # only of the frames that are kept
-                i: self.rgb.reformat(frames[i], format="rgb24", **size).to_ndarray()
-                for i in set(index)
-            }
-            clip = torch.from_numpy(np.stack([pixels[i] for i in index]))  # (T, H, W, 3)
-            return clip.permute(0, 3, 1, 2)
+            kept = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int)]
+            size = kept[0].width, kept[0].height
+            clip = np.stack(
+                [self.rgb.reformat(frame, *size, "rgb24", threads=1).to_ndarray() for frame in kept]
+            )
+            return torch.from_numpy(clip).permute(0, 3, 1, 2)  # (T, H, W, 3) -> (T, 3, H, W)
 
     def _window(self, start: float, end: float) -> Iterator[av.VideoFrame]:
         """Decode from the keyframe before `start` to `end`. Where frames are not stored in the
