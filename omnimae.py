@@ -164,13 +164,12 @@ def denormalize(patches: Tensor) -> Tensor:
 
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches with mean 0 and variance 1 in each patch and channel, and those means and deviations
-    (variance with n - 1): each (B, N, P)."""
+    """Patches with mean 0 and variance 1 (with n - 1) in each patch and channel, (B, N, P), and the
+    means and deviations that they had, each (B, N, 1, 3)."""
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
     std = (var + 1e-6).sqrt()
-    parts = (values - mean) / std, mean.expand_as(values), std.expand_as(values)
-    return tuple(part.flatten(2) for part in parts)
+    return ((values - mean) / std).flatten(2), mean, std
 
 
 def sincos_positions(num: int, dim: int) -> Tensor:
@@ -418,8 +417,9 @@ class OmniMAE(nn.Module):
         _, pred, mask = self(x, mask)
         patches, grid = to_patches(x, self.cfg)
         pixels = denormalize(patches.float())  # (B, N, P)
-        _, mean, std = normalize_patches(pixels)  # (B, N, P)
-        pixels[mask] = pred.flatten(0, 1) * std[mask] + mean[mask]  # (B M, P)
+        _, mean, std = normalize_patches(pixels)  # (B, N, 1, 3)
+        pred = pred.unflatten(2, (-1, 3)).flatten(0, 1) * std[mask] + mean[mask]  # (B M, P/3, 3)
+        pixels[mask] = pred.flatten(1)  # (B M, P)
         video = unpatchify(pixels, self.cfg.patch_size, grid).clamp(0, 1)  # (B, 3, T, H, W)
         return video.mean(2, keepdim=True) if grid[0] == 1 else video
 
@@ -688,7 +688,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
         _check_size(*image.size)
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
             image = PIL.Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return pil_to_tensor(image.convert("RGB"))
+        return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))  # it copies
 
 
 class Video(AbstractContextManager):
