@@ -596,7 +596,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
     add("--init", "start from a pretraining checkpoint: path or released name", metavar="NAME")
-    add = option_group(parser, "recipe: defaults are the paper's; with the demo model or data 16 epochs of batch 64")
+    add = option_group(parser, "recipe: defaults are the paper's; with the demo model or data 12 epochs of batch 64")
     add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
     add("--batch-size", "views a step, over all processes", type=positive, default=2048)
     add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 2e-3)", type=float)
@@ -615,7 +615,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args, _ = parser.parse_known_args(argv)
     if "demo" in (args.model, args.images, args.videos) or not (args.images or args.videos):
         parser.set_defaults(
-            epochs=16, batch_size=64, micro_batch=16 if args.model != "demo" else 32
+            epochs=12, batch_size=64, micro_batch=16 if args.model != "demo" else 32
         )
     if args.benchmark:
         world, micro = int(os.environ.get("WORLD_SIZE", "1")), args.micro_batch or 32
