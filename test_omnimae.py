@@ -33,6 +33,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import eval as evaluation
 import finetune
@@ -1125,6 +1126,25 @@ def test_the_schedules_by_hand(options, rates):
     assert got == pytest.approx(rates, rel=1e-6)
     assert args.warmup == (0.05 if args.images else 0.125)
     assert args.layer_decay == (0.65 if args.images else 0.75)
+
+
+def test_each_layers_rate_at_three_steps_by_hand(finetuning):
+    rates = []
+
+    def note(optimizer, *_):
+        rates.append(sorted({group["lr"] for group in optimizer.param_groups}, reverse=True))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        finetuning("--lr", 1e-3, "--layer-decay", 0.5)
+    finally:
+        hook.remove()
+    assert len(rates) == 6  # warm-up over the first tenth; 80 and 146.7 degrees of the cosine after
+    for step, rate in ((0, 1e-6), (3, 5.872373e-4), (5, 8.317384e-5)):
+        assert len(rates[step]) == 6  # head and norm, four blocks, the patch embedding
+        assert rates[step][0] == pytest.approx(rate / 2, rel=1e-6)
+        assert rates[step][1] == pytest.approx(rate / 4, rel=1e-6)
+        assert rates[step][-1] == pytest.approx(rate / 64, rel=1e-6)
 
 
 def test_recipes_go_with_the_size_and_the_batch():
