@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -142,23 +143,24 @@ def accuracy(
     probability = torch.zeros(best.shape)
     mine = range(run.rank, num, run.world)  # each file is one rank's, and counts once
     size = max(1, batch_size // (num_clips * num_crops))
-    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     files = Files(listing.paths, kind, model.cfg, num_clips)
+    # the loader gives one file at a time: a clip in its own size can be large
+    loader = train.make_loader(files, [[i] for i in mine], run.workers, run.device, itemgetter(0))
+    index, x = [], []
     model.eval()
-    for batch in train.make_loader(files, batches, run.workers, run.device, list):
-        index, x = [], []
-        for i, pixels, error in batch:
-            if error:
-                print(error, file=sys.stderr, flush=True)
-            else:
-                index.append(i)
-                x.append(crop_views(pixels.to(run.device), model.cfg.image_size, num_crops))
-        if index:
+    for i, pixels, error in loader:
+        if error:
+            print(error, file=sys.stderr, flush=True)
+        else:
+            index.append(i)
+            x.append(crop_views(pixels.to(run.device), model.cfg.image_size, num_crops))
+        if index and (len(index) == size or i == mine[-1]):
             with run.autocast:
                 logits = model(torch.cat(x)).float()  # (files views, classes)
             logits = logits.unflatten(0, (len(index), -1)).mean(1)  # (files, classes)
             values, order = logits.softmax(1).topk(best.shape[1])
             best[index], probability[index] = order.cpu(), values.cpu()
+            index, x = [], []
     if run.world > 1:
         dist.all_reduce(best)  # the other ranks' rows are zeros
         dist.all_reduce(probability)

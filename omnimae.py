@@ -14,8 +14,8 @@ P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a cli
       |  linear, + position
       |  12 blocks, norm        a plain ViT: no class token, fixed sine/cosine positions
     tokens     (B, V, D)        D = 768
-      |  + mask tokens          [visible, masked], in that order, each with its position added
-      |  linear
+      |  + position, linear     and a mask token, treated alike, for each masked patch
+      |  concatenated           [visible, masked], in that order
       |  4 blocks               a small decoder over all N
     tokens     (B, N, D')       D' = 384
       |  last M, norm, linear
@@ -265,7 +265,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads); never holds N x N
+        x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -737,7 +737,7 @@ class Video(AbstractContextManager):
 
     def _window(self, start: float, end: float) -> Iterator[av.VideoFrame]:
         """Decode from the keyframe before `start` to `end`. Where frames are not stored in the
-        order they are shown, a seek can land behind `start`: then again, from further back."""
+        order they are shown, a seek can land after `start`: then again, from further back."""
         for back in (0, 1, 10, 1e9):  # seconds
             target = self.first + max(0, int((start - back) / self.stream.time_base))
             self.container.seek(target, stream=self.stream)

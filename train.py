@@ -57,13 +57,11 @@ def seed_all(*key: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def learning_rate(
-    step: int, total: int, peak: float, start: float = 1e-6, end: float = 0.0, warmup: float = 0.05
-) -> float:
-    """Linear from `start` to `peak` over the first `warmup` of the run, then a cosine to `end`."""
+def learning_rate(step: float, total: int, peak: float, end=0.0, warmup=0.05) -> float:
+    """Linear from 1e-6 to `peak` over the first `warmup` of the run, then a cosine to `end`."""
     done = step / total
     if done < warmup:
-        return start + (peak - start) * done / warmup
+        return 1e-6 + (peak - 1e-6) * done / warmup
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
@@ -86,10 +84,7 @@ class Steps:
     divide.
     """
 
-    def __init__(
-        self, sizes: dict, views: dict, batch: int, epochs: int, seed: int, *,
-        rank: int = 0, world: int = 1, micro: int | None = None,
-    ):  # fmt: skip
+    def __init__(self, sizes: dict, views: dict, batch, epochs, seed, rank=0, world=1, micro=None):
         self.sizes, self.views, self.batch, self.seed = sizes, views, batch, seed
         self.kinds = [kind for kind in sizes for _ in range(max(1, sizes[kind] // batch))]
         self.total, self.start = epochs * len(self.kinds), 0
@@ -125,10 +120,9 @@ class Steps:
     def __iter__(self) -> Iterator[list[tuple]]:
         for step in range(self.start, self.total):
             samples = self.samples(step)
-            share, views = len(samples) // self.world, samples[0][-1]
-            mine = samples[self.rank * share : (self.rank + 1) * share]
-            for i in range(0, share, self.micro // views):
-                yield mine[i : i + self.micro // views]
+            files = self.micro // samples[0][-1]  # of a micro-batch
+            for i in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+                yield samples[i * files : (i + 1) * files]
 
 
 class Views(Dataset):
@@ -140,17 +134,13 @@ class Views(Dataset):
     def __init__(self, cfg, listings: dict, seed: int, mask_kind: str = "random", held_out=False):
         self.cfg, self.seed, self.mask_kind = cfg, seed, mask_kind
         # arrays, because lists of a million strings are copied, bit by bit, into every worker
-        self.paths = {
-            kind: np.array([os.fsencode(p) for p in paths]) for kind, paths in listings.items()
-        }
+        self.paths = {k: np.array([os.fsencode(p) for p in v]) for k, v in listings.items()}
         size = cfg.image_size
+        crop = v2.RandomResizedCrop(size, (0.2, 1), interpolation=InterpolationMode.BICUBIC)
         self.crop = {
-            "images": v2.Compose([
-                v2.RandomResizedCrop(size, (0.2, 1), interpolation=InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(),
-            ]),
+            "images": v2.Compose([crop, v2.RandomHorizontalFlip()]),
             "videos": v2.RandomResizedCrop(size, (0.08, 1)),  # no flip: left and right have meaning
-        }  # fmt: skip
+        }
         if held_out:
             self.crop = dict.fromkeys(KINDS, v2.Compose([v2.Resize(size), v2.CenterCrop(size)]))
 
@@ -186,17 +176,14 @@ class Views(Dataset):
         for view in range(first, first + views):
             seed_all(self.seed, epoch, index, KINDS.index(kind), view)
             pixels.append(self.crop[kind](media).movedim(-3, -1).contiguous())
-            visible.append(
-                (~omnimae.random_mask(1, grid, ratio, self.mask_kind)[0]).nonzero()[:, 0]
-            )
+            mask = omnimae.random_mask(1, grid, ratio, self.mask_kind)
+            visible.append((~mask[0]).nonzero()[:, 0])
         return pixels, visible, unreadable
 
 
 def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Pixels uint8 (B, 3, H, W) or (B, 3, T, H, W), visible (B, V), what could not be read."""
-    pixels, visible, unreadable = (
-        [x for group in groups for x in group] for groups in zip(*samples)
-    )
+    pixels, visible, unreadable = (list(itertools.chain(*x)) for x in zip(*samples))
     return torch.stack(pixels).movedim(-1, 1), torch.stack(visible), unreadable
 
 
@@ -266,13 +253,11 @@ class Run:
 
     def parallel(self, model: torch.nn.Module, compress: bool = False) -> torch.nn.Module:
         """The model as all ranks train it together."""
-        if self.world == 1:
-            return model
-        model = DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
-        if compress:
-            model.register_comm_hook(None, bf16_compress_hook)
+        if self.world > 1:
+            how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+            model = DistributedDataParallel(model, **how)
+            if compress:
+                model.register_comm_hook(None, bf16_compress_hook)
         return model
 
     def begin(self, total: int, rate: float) -> None:
@@ -295,9 +280,7 @@ class Run:
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(
-                    f"another run is writing to {self.out}: choose another --out"
-                ) from None
+                raise ValueError(f"another run is writing to {self.out}: choose an --out") from None
         options = {key: value for key, value in vars(args).items() if key not in free}
         self.settings = options | facts | {"precision": str(self.dtype)}
         log, path = self.out / "log.jsonl", self.out / "last.pt"
@@ -332,10 +315,7 @@ class Run:
         """Atomically: whenever a run is killed, the old file or the new one is there, whole."""
         if self.rank == 0:
             if not all(weights.isfinite().all() for weights in model.parameters()):
-                raise FloatingPointError(
-                    f"weights after step {self.step} are not finite, so the run ends here; what is saved "
-                    "is of an earlier, good step: try a lower --lr or --dtype float32"
-                )
+                raise FloatingPointError(f"weights after step {self.step} are not finite")
             state = {
                 "config": asdict(model.cfg), "model": model.state_dict(), "settings": self.settings,
                 "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
@@ -417,10 +397,7 @@ class Run:
         losses = self.sum(*torch.stack(self.losses).tolist())
         for step, total in enumerate(losses, self.step + 1 - len(losses)):
             if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"the loss of step {step} is {total}, so the run ends here; what is saved is of "
-                    "an earlier step: try a lower --lr or --dtype float32"
-                )
+                raise FloatingPointError(f"the loss of step {step} is {total}")
         self.losses.clear()
         if self.read >= 100 and self.unreadable > 0.1 * self.read:
             raise ValueError(
@@ -466,9 +443,9 @@ def size_name(cfg: omnimae.OmniMAEConfig) -> str:
 
 
 def demo_data(kind: str, run: Run) -> str:
-    """Where the demo data set is; the first process on each machine writes it on first use."""
+    """Where the demo data set is; the first process writes it on first use."""
     root = Path("demo_data")
-    if run.local == 0 and not root.exists():
+    if run.rank == 0 and not root.exists():
         print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
         omnimae.write_demo_data(root)
     run.sum(0)  # the others wait
@@ -486,11 +463,9 @@ def count_flops(cfg: omnimae.OmniMAEConfig, kind: str, num_classes: int | None =
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         x = torch.zeros(1, 3, frames, cfg.image_size, cfg.image_size)
         visible = torch.zeros(1, num - int(ratio * num), dtype=torch.int64)
-        if num_classes:
-            loss = omnimae.Classifier(cfg, num_classes).to("meta")(x).sum()
-        else:
-            loss = omnimae.OmniMAE(cfg).to("meta")(x, visible)[0]
-        loss.backward()
+        model = omnimae.Classifier(cfg, num_classes) if num_classes else omnimae.OmniMAE(cfg)
+        out = model.to("meta")(x) if num_classes else model.to("meta")(x, visible)[0]
+        out.sum().backward()
     return counter.get_total_flops()
 
 
@@ -572,7 +547,7 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     """What pretraining and finetuning have in common."""
     add = option_group(parser, "machine: speed and memory")
     device_options(add)
-    add("--micro-batch", "views at once on a device (default: all of its share)", type=positive)
+    add("--micro-batch", "views at once on a device (default: all of its share; pretraining the demo: 32)", type=positive)
     add("--compile", "torch.compile the model", action="store_true")
     add("--checkpoint-activations", "compute activations twice: less memory", action="store_true")
     add("--compress-gradients", "send gradients as bfloat16", action="store_true")
@@ -596,7 +571,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
     add("--init", "start from a pretraining checkpoint: path or released name", metavar="NAME")
-    add = option_group(parser, "recipe: defaults are the paper's; with the demo model or data 12 epochs of batch 64")
+    add = option_group(parser, "recipe: the released one for ViT-B; with the demo model or data 12 epochs of batch 64")
     add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
     add("--batch-size", "views a step, over all processes", type=positive, default=2048)
     add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 2e-3)", type=float)
@@ -609,14 +584,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", "of everything random", type=int, default=0)
     add = option_group(parser, "speed")
     add("--benchmark", "time steps, by default of one micro-batch, instead of training", action="store_true")
-    add("--json", "its figures also as a line of JSON", action="store_true")
+    add("--json", "with --benchmark: its figures also as a line of JSON", action="store_true")
     # fmt: on
     machine_options(parser)
     args, _ = parser.parse_known_args(argv)
     if "demo" in (args.model, args.images, args.videos) or not (args.images or args.videos):
-        parser.set_defaults(
-            epochs=12, batch_size=64, micro_batch=16 if args.model != "demo" else 32
-        )
+        micro = 32 if args.model == "demo" else 16
+        parser.set_defaults(epochs=12, batch_size=64, micro_batch=micro)
     if args.benchmark:
         world, micro = int(os.environ.get("WORLD_SIZE", "1")), args.micro_batch or 32
         parser.set_defaults(micro_batch=micro, batch_size=micro * world)
@@ -637,11 +611,10 @@ def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.Omn
             f"--init {name} is a finetuned checkpoint: expected a pretraining one, which has the "
             "decoder, such as vit_b_pretrain or what this script saves"
         )
-    cfg = replace(cfg, decoder_qkv_bias=loaded.cfg.decoder_qkv_bias)
     ratios = {"image_mask_ratio": cfg.image_mask_ratio, "video_mask_ratio": cfg.video_mask_ratio}
-    if replace(loaded.cfg, **ratios) != cfg:
+    loaded.cfg = replace(loaded.cfg, **ratios)
+    if loaded.cfg != replace(cfg, decoder_qkv_bias=loaded.cfg.decoder_qkv_bias):
         raise ValueError(f"--init {name} is not a {model}, but {loaded.cfg}")
-    loaded.cfg = cfg  # only the ratios differ
     return loaded.train()
 
 
@@ -656,8 +629,7 @@ def held_out_batches(cfg, sources: dict, seed: int) -> dict:
             paths = omnimae.list_media(root, kind).paths
             print(f"{root} has no validation part: its held-out loss is of files trained on")
         views = Views(cfg, {kind: paths}, seed, held_out=True)
-        num = min(len(paths), 32 if kind == "images" else 8)
-        at = np.linspace(0, len(paths) - 1, num).astype(int)
+        at = np.linspace(0, len(paths) - 1, min(len(paths), {"images": 32, "videos": 8}[kind]))
         batches[kind] = collate([views[kind, 0, int(i), 0, 1] for i in at])
     return batches
 
@@ -689,12 +661,12 @@ def benchmark(kind: str, steps: Steps, cfg, run: Run, dataset: Views, update) ->
     pixels, visible, _ = collate([dataset[sample] for sample in next(iter(steps))])
     batch = torch.randint_like(pixels, 256).to(run.device), visible.to(run.device), []
     flops, rate = count_flops(cfg, kind), matmul_rate(run, 0.1)
-    seconds = {"model": timed(lambda: update(itertools.repeat(batch), steps), run)}
+    seconds = {"model": timed(lambda: update(itertools.repeat(batch), steps.accumulate), run)}
     rate = (rate + matmul_rate(run, 0.1)) / 2
     loader = iter(make_loader(dataset, steps, run.workers, run.device, collate))
     ready = 2 * run.workers + 1  # batches that workers make ahead
     seconds["loader"] = timed(lambda: [next(loader) for _ in range(steps.accumulate)], run, ready)
-    seconds["both"] = timed(lambda: update(loader, steps), run)
+    seconds["both"] = timed(lambda: update(loader, steps.accumulate), run)
     cores = max(1, run.workers) * run.world * seconds["loader"] / seconds["model"]
     memory = memory_gb(run.device)
     figures = {"flops_per_view": flops, "matmul_flops": rate, "memory_gb": memory, "cores": cores}
@@ -722,20 +694,12 @@ def main(args: argparse.Namespace) -> None:
     listings = {kind: omnimae.list_media(root, kind).paths for kind, root in sources.items()}
     sizes = {kind: len(paths) for kind, paths in listings.items()}
     views = {"images": args.image_views, "videos": args.video_views}
-    part = {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
-
-    def make_steps(sizes: dict) -> Steps:
-        return Steps(sizes, views, args.batch_size, args.epochs, args.seed, **part)
-
-    steps = make_steps(sizes)
+    how = views, args.batch_size, args.epochs, args.seed, run.rank, run.world, args.micro_batch
+    steps = Steps(sizes, *how)
 
     # The model
-    cfg = omnimae.MODELS[args.model]
-    cfg = replace(
-        cfg,
-        image_mask_ratio=args.image_mask_ratio or cfg.image_mask_ratio,
-        video_mask_ratio=args.video_mask_ratio or cfg.video_mask_ratio,
-    )
+    ratios = {k: v for k, v in vars(args).items() if k.endswith("mask_ratio") and v}
+    cfg = replace(omnimae.MODELS[args.model], **ratios)
     torch.manual_seed(args.seed)
     model = start_from(args.init, args.model, cfg) if args.init else omnimae.OmniMAE(cfg)
     model.to(run.device)
@@ -756,22 +720,17 @@ def main(args: argparse.Namespace) -> None:
     def loss_of(pixels, visible):
         return parallel(omnimae.normalize(pixels), visible)[0]
 
-    def update(batches, steps):
-        return run.update(loss_of, parallel, optimizer, batches, steps.accumulate)
-
+    update = functools.partial(run.update, loss_of, parallel, optimizer)
     dataset = Views(cfg, listings, args.seed, args.mask)
     if args.benchmark:
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0
-        report = {
-            key: getattr(args, key) for key in ("model", "batch_size", "micro_batch", "compile")
-        }
+        report = {k: vars(args)[k] for k in ("model", "batch_size", "micro_batch", "compile")}
         report |= {"device": f"{run.world} x {run.device.type}", "dtype": str(run.dtype)}
         report |= {"workers": run.workers, "torch": torch.__version__}
         run.print(", ".join(f"{key} {value}" for key, value in report.items()))
         run.print(f"{'ms/step':>28}{'views/s':>12}{'TFLOP/s':>12}{'of matmul':>12}")
         for kind, size in sizes.items():
-            figures = benchmark(kind, make_steps({kind: size}), cfg, run, dataset, update)
-            report[kind] = figures
+            report[kind] = benchmark(kind, Steps({kind: size}, *how), cfg, run, dataset, update)
         if args.json:
             run.print(json.dumps(report))
         return
@@ -793,7 +752,7 @@ def main(args: argparse.Namespace) -> None:
         lr = learning_rate(run.step, steps.total, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = update(batches, steps)
+        loss = update(batches, steps.accumulate)
         run.views += args.batch_size
         run.work += args.batch_size * flops[kind]
 
@@ -822,7 +781,9 @@ def run_script(main, parse_args) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        hint = "; the last checkpoint is of an earlier step: try a lower --lr or --dtype float32"
+        hint = hint if isinstance(error, FloatingPointError) else ""
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}{hint}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:  # loader workers are deaf to the signal with which Python would end them
