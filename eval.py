@@ -73,7 +73,8 @@ def list_labelled(
 
 def read_views(path: str, kind: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> torch.Tensor:
     """uint8. An image (3, S, S): the short side resized to S by PIL, bicubic with antialiasing,
-    and the centre cropped. A video (clips, T, 3, H, W): evenly spread clips of 2.7 s."""
+    and the centre cropped. A video (clips, T, 3, H, W): clips of 2.7 s, the i-th of n
+    starting at i / n of the last possible start."""
     if kind == "images":
         image = to_pil_image(omnimae.read_image(path))
         image = resize(image, cfg.image_size, InterpolationMode.BICUBIC)

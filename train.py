@@ -133,7 +133,7 @@ class Views(Dataset):
 
     def __init__(self, cfg, listings: dict, seed: int, mask_kind: str = "random", held_out=False):
         self.cfg, self.seed, self.mask_kind = cfg, seed, mask_kind
-        # arrays, because lists of a million strings are copied, bit by bit, into every worker
+        # arrays: reference counts would make every worker copy a list of a million strings
         self.paths = {k: np.array([os.fsencode(p) for p in v]) for k, v in listings.items()}
         size = cfg.image_size
         crop = v2.RandomResizedCrop(size, (0.2, 1), interpolation=InterpolationMode.BICUBIC)
@@ -540,14 +540,14 @@ def option_group(parser: argparse.ArgumentParser, title: str):
 def device_options(add) -> None:
     add("--device", "(default: a GPU if there is one)", choices=["cuda", "cpu"])
     add("--dtype", "of autocast (default: bfloat16 if the device has it; demo: float32)", choices=["float32", "bfloat16", "float16"])
-    add("--workers", "loader processes a device (default: its share of the cores)", type=int)
+    add("--workers", "loader processes a device (default: its share of the cores less one, at least 1)", type=int)
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
     """What pretraining and finetuning have in common."""
     add = option_group(parser, "machine: speed and memory")
     device_options(add)
-    add("--micro-batch", "views at once on a device (default: all of its share; pretraining the demo: 32)", type=positive)
+    add("--micro-batch", "views at once on a device (default: all of its share; pretraining on demo data: 32, vit_*: 16)", type=positive)
     add("--compile", "torch.compile the model", action="store_true")
     add("--checkpoint-activations", "compute activations twice: less memory", action="store_true")
     add("--compress-gradients", "send gradients as bfloat16", action="store_true")
@@ -590,6 +590,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args, _ = parser.parse_known_args(argv)
     if "demo" in (args.model, args.images, args.videos) or not (args.images or args.videos):
         micro = 32 if args.model == "demo" else 16
+        if args.batch_size != parser.get_default("batch_size"):
+            micro = None  # it may not divide the user's own
         parser.set_defaults(epochs=12, batch_size=64, micro_batch=micro)
     if args.benchmark:
         world, micro = int(os.environ.get("WORLD_SIZE", "1")), args.micro_batch or 32
