@@ -1671,7 +1671,13 @@ def test_the_commands_of_the_readme_have_options_that_exist(tmp_path, monkeypatc
 
 def test_commands_of_the_readme_that_take_seconds_run(demo, tmp_path, monkeypatch, capsys):
     clips = sorted((demo / "videos" / "20bn-something-something-v2").iterdir())
-    for name, num_classes in (("demo/last", None), ("vit_b_videos/best", 2)):
+    names = {
+        "demo/last": None,
+        "vit_b_videos/best": 2,
+        "demo_images/best": 8,
+        "demo_videos/best": 8,
+    }
+    for name, num_classes in names.items():
         path = tmp_path / "runs" / f"{name}.pt"
         path.parent.mkdir(parents=True)
         torch.save(released_state(released_shapes(MODELS["demo"], num_classes)), path)
@@ -1692,7 +1698,7 @@ def test_commands_of_the_readme_that_take_seconds_run(demo, tmp_path, monkeypatc
             run_eval(*arguments)
             ran += 1
     said = capsys.readouterr().out
-    assert ran == 3
+    assert ran == 7
     assert "reconstructions/1601.webm.mp4" in said and "2 videos, 15 views of each" in said
     assert "new_clip.mp4\n" in said
 
