@@ -280,7 +280,9 @@ class Run:
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ValueError(f"another run is writing to {self.out}: choose an --out") from None
+                raise ValueError(
+                    f"another run is writing to {self.out}: choose another --out"
+                ) from None
         options = {key: value for key, value in vars(args).items() if key not in free}
         self.settings = options | facts | {"precision": str(self.dtype)}
         log, path = self.out / "log.jsonl", self.out / "last.pt"
