@@ -2254,7 +2254,8 @@ def test_a_long_run_stays_as_large_and_as_fast_as_it_was(demo, tmp_path):
     early, late = np.median(speed[10:50]), np.median(speed[-40:])
     print(f"{growth:.1f} MB in 1,000 steps, {files.min()} to {files.max()} files, {early:.0f} and {late:.0f} views/s")  # fmt: skip
     assert growth < 20
-    assert np.median(files[-10:]) <= np.median(files[:10])
+    half = len(files) // 2
+    assert files[half:].min() <= files[:half].min()  # a leak raises even the lowest count
     assert late > 0.6 * early
 
 
