@@ -618,6 +618,8 @@ def read_labels(path: str | os.PathLike) -> list[str]:
     """The class names of a labels.json, in the order of their numbers. ValueError names another."""
     with _reading(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
         number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
+        if sorted(number.values()) != list(range(len(number))):
+            raise ValueError("its numbers are not 0, 1, 2 and so on, each once")
         return sorted(number, key=number.get)
 
 

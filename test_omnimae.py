@@ -680,14 +680,18 @@ def test_one_open_video_gives_several_clips_and_is_closed(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_broken_video_is_a_value_error_with_its_name(tmp_path):
-    good = write_numbered(tmp_path / "good.webm").read_bytes()
-    with av.open(str(tmp_path / "audio.mp4"), "w") as container:
+def write_audio(path: Path) -> None:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def test_a_broken_video_is_a_value_error_with_its_name(tmp_path):
+    good = write_numbered(tmp_path / "good.webm").read_bytes()
+    write_audio(tmp_path / "audio.mp4")
     for name, content in {
         "empty.webm": b"", "text.mp4": b"not a video", "start.webm": good[:400],
     }.items():  # fmt: skip
@@ -741,6 +745,10 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
         (tmp_path / "ssv2" / "labels" / f"{name}.json").write_text(
             (labels / f"{name}.json").read_text()
         )
+    for numbers in ('{"a": "0", "b": "2"}', '{"a": "0", "b": "0"}', '{"a": "1"}'):
+        (tmp_path / "labels.json").write_text(numbers)
+        with pytest.raises(ValueError, match=r"labels.json: expected JSON .* each once"):
+            omnimae.read_labels(tmp_path / "labels.json")
     (tmp_path / "ssv2" / "labels" / "labels.json").write_text('{"Holding something": "0"}')
     with pytest.raises(ValueError, match=r"train.json.*labels.json has no 'Growing something'"):
         omnimae.list_media(tmp_path / "ssv2", "videos")
@@ -2093,12 +2101,7 @@ def write_corpus(folder: Path) -> dict[str, tuple | None]:
     at = mp4.index(b"tkhd") + 44  # the matrix by which a player turns it
     turned = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
     put("turned.mp4", mp4[:at] + turned + mp4[at + 36 :], (8, 3, 32, 64))
-    with av.open(str(folder / "audio.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
-        frame.sample_rate = 44100
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    write_audio(folder / "audio.mp4")
     PIL.Image.fromarray(pixels_of("RGB")[:1, :1]).save(folder / "one_pixel.png")
     for name, end in (("audio.mp4", None), ("one_pixel.png", (3, 1, 1)), ("variable.webm", (8, 3, 32, 64))):  # fmt: skip
         ends[name] = end

@@ -491,7 +491,7 @@ def matmul_rate(run: Run, window_seconds: float = 0.02) -> float:
     """FLOP/s of large matrix products on all devices: what they can do at most."""
     size = 8192 if run.device.type == "cuda" else 1024
     a = torch.randn(size, size, device=run.device, dtype=run.dtype)
-    return run.sum(2 * size**3 / timed(lambda: a @ a, run, 3, window_seconds))[0]
+    return run.sum(2 * size**3 / timed(lambda: a @ a, run, window_seconds=window_seconds))[0]
 
 
 def memory_gb(device: torch.device) -> float:
@@ -674,10 +674,10 @@ def benchmark(kind: str, steps: Steps, cfg, run: Run, dataset: Views, update) ->
     cores = max(1, run.workers) * run.world * seconds["loader"] / seconds["model"]
     memory = memory_gb(run.device)
     figures = {"flops_per_view": flops, "matmul_flops": rate, "memory_gb": memory, "cores": cores}
-    for part, time_ in seconds.items():
-        views = steps.batch / time_
-        shown = f"{kind:8}{part:8}{1000 * time_:12,.1f}{views:12,.1f}"
-        figures[part] = {"ms": 1000 * time_, "views_per_second": views}
+    for part, took in seconds.items():
+        views = steps.batch / took
+        shown = f"{kind:8}{part:8}{1000 * took:12,.1f}{views:12,.1f}"
+        figures[part] = {"ms": 1000 * took, "views_per_second": views}
         if part != "loader":
             figures[part] |= {"flops": views * flops, "of_matmul": views * flops / rate}
             shown += f"{views * flops / 1e12:12.3f}{views * flops / rate:12.0%}"
