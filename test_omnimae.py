@@ -1658,6 +1658,8 @@ def test_the_readme_says_where_each_part_of_the_paper_is_in_the_code():
 def commands() -> list[tuple[str, list[str]]]:
     """The README's commands of this project's scripts: the script and its arguments."""
     text = README.replace("\\\n", " ")
+    for name, value in (("seed", "0"), ("kind", "images"), ("start", "both")):  # of loops
+        text = re.sub(rf"\$\{{?{name}\b\}}?", value, text)
     found = re.findall(r"\b(?:torchrun|python) (?:--\S+ +)*(\w+)\.py\b([^`#;&|\n]*)", text)
     return [(script, shlex.split(arguments)) for script, arguments in found]
 

@@ -576,7 +576,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = option_group(parser, "recipe: the released one for ViT-B; with the demo model or data 12 epochs of batch 64")
     add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
     add("--batch-size", "views a step, over all processes", type=positive, default=2048)
-    add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 2e-3)", type=float)
+    add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 6e-4)", type=float)
     add("--weight-decay", "not on biases and LayerNorm", type=float, default=0.05)
     add("--image-views", "views of an image in a step", type=positive, default=1)
     add("--video-views", "views of a video in a step, decoded once", type=positive, default=4)
@@ -603,7 +603,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.images = args.videos = "demo"
     args.out = args.out or f"runs/{args.model}"
     if args.lr is None:
-        args.lr = 2e-3 if args.model == "demo" else 1.6e-3 * args.batch_size / 2048
+        args.lr = 6e-4 if args.model == "demo" else 1.6e-3 * args.batch_size / 2048
     return args
 
 
