@@ -46,7 +46,7 @@ def list_labelled(
 
     A data set without a validation part lends every tenth file of each class to be it.
     """
-    own = any((Path(root) / name).exists() for name in ("val", "validation", "labels/labels.json"))
+    own = omnimae.has_validation(root)
     paths, labels, names = omnimae.list_media(root, kind, split if own else "train")
     if labels is None:
         raise ValueError(f"{root}: its {kind} have no labels: expected <class>/<file>")
@@ -188,7 +188,8 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run
     published = PUBLISHED.get(args.checkpoint)
     num_views = 1 if kind == "images" else math.prod(args.views)
     run.print(
-        f"{args.checkpoint} on {root}: {len(listing.paths):,} {kind}, {num_views} views of each\n"
+        f"{args.checkpoint} on {root}: {len(listing.paths):,} {kind}, {num_views} views of each"
+        f"{'' if omnimae.has_validation(root) else '; every tenth file, as it has no validation part'}\n"
         f"top-1 {top1:.2f} %{f' (published: {published} %)' if published else ''}\n"
         f"top-5 {top5:.2f} %{f', {unreadable} unreadable counted as wrong' if unreadable else ''}"
     )
@@ -268,8 +269,8 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run
 
 
 def clips_x_crops(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[13]", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected clips x crops, 1 or 3, such as 5x3")
+    if not re.fullmatch(r"[1-9]\d?x[13]", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected CLIPSxCROPS, 1 or 3 crops, as 5x3")
     num_clips, num_crops = map(int, text.split("x"))
     return num_clips, num_crops
 
@@ -285,17 +286,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     # fmt: off
     add = train.option_group(parser, "model and data: a data set or files")
-    add("--checkpoint", f"path, or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
+    add("--checkpoint", f"path, URL, or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
     add("--images", "folder of images, or 'demo'", metavar="DIR")
     add("--videos", "folder of videos, or 'demo'", metavar="DIR")
     add("files", "images and videos in any mix", nargs="*", metavar="FILE")
     add = train.option_group(parser, "accuracy and labels")
-    add("--views", "of a video: clips x crops, of which 1 or 3", type=clips_x_crops, default="5x3", metavar="CxK")
+    add("--views", "of a video: clips x crops, 1 or 3 crops", type=clips_x_crops, default="5x3", metavar="CxK")
     add("--predictions", "write each file's label and five best to this .csv", metavar="FILE")
     add("--labels", "class names, as SSv2's labels.json (default: IN1k's or the checkpoint's)", metavar="FILE")
     add = train.option_group(parser, "reconstructions")
     add("--mask-ratio", "share masked (default: the checkpoint's)", type=train.share)
-    add("--seed", "of the mask", type=int, default=0)
+    add("--seed", "of the mask", type=train.whole, default=0)
     add("--out", "folder for the pictures", default="reconstructions", metavar="DIR")
     add = train.option_group(parser, "machine")
     train.device_options(add)
@@ -308,8 +309,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{folders[0]} is a folder: expected files, or --images or --videos before it")
     if args.predictions and args.files:
         parser.error("--predictions is for a data set: expected --images DIR or --videos DIR")
+    if args.predictions and Path(args.predictions).is_dir():
+        parser.error(f"--predictions {args.predictions} is a folder: expected a file")
     if args.predictions and not Path(args.predictions).parent.is_dir():
         parser.error(f"--predictions {args.predictions}: its folder does not exist")
+    if args.labels and not args.files:
+        parser.error("--labels is for files: a data set has labels of its own")
     return args
 
 

@@ -176,7 +176,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     # fmt: off
     add = train.option_group(parser, "model and data")
-    add("--checkpoint", f"path, 'scratch', or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
+    add("--checkpoint", f"path, URL, 'scratch', or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
     add("--model", "the size, for --checkpoint scratch only", type=train.model_name, choices=list(omnimae.MODELS))
     add("--images", "labelled images: the recipe of ImageNet-1k; or 'demo', with its own", metavar="DIR")
     add("--videos", "labelled videos: the recipe of Something-Something v2; or 'demo', with its own", metavar="DIR")
@@ -190,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-path", shown("drop_path"), type=float)
     add("--augment", "full: crop of 8 to 100 %% of the area, flip (images), RandAugment, erasing, MixUp or CutMix; crop: of 50 to 100 %%, flip (images) " + shown("augment"), choices=["full", "crop"])
     add("--freeze", "train norm and head only", action="store_true")
-    add("--seed", "of everything random", type=int, default=0)
+    add("--seed", "of everything random", type=train.whole, default=0)
     # fmt: on
     train.machine_options(parser)
     args = parser.parse_args(argv)
@@ -227,6 +227,8 @@ def main(args: argparse.Namespace) -> None:
     listing = list_labelled(root, kind, "train")
     held_out = list_labelled(root, kind, "val", listing.classes)
     num, classes = len(listing.paths), listing.classes
+    if len(classes) < 2:
+        raise ValueError(f"{root} has {kind} of one class, {classes[0]!r}: expected at least two")
     share = {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
     steps = train.Steps({kind: num}, {kind: 1}, args.batch_size, args.epochs, args.seed, **share)
     epoch_steps = steps.total // args.epochs
@@ -237,8 +239,7 @@ def main(args: argparse.Namespace) -> None:
     model = build(args, kind, cfg, classes, start).to(run.device)
     groups = parameter_groups(model, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    facts = {"files": {kind: num}}
-    best = run.open(args, train.RESUMABLE, facts, model, optimizer).get("best", -1.0)
+    best = run.open(args, {kind: num}, model, optimizer).get("best", -1.0)
     if args.compile:
         model.compile(dynamic=False)
     parallel = run.parallel(model, args.compress_gradients)
@@ -257,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
         return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
     rate = train.matmul_rate(run)
-    flops = train.count_flops(cfg, kind, len(classes)) / (3 if args.freeze else 1)  # no way back
+    flops = train.count_flops(cfg, kind, len(classes)) / (3 if args.freeze else 1)  # forward only
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
         f"{run.world} x {run.device.type}\n{num:,} {kind} of {len(classes)} classes: "

@@ -114,6 +114,8 @@ def normalize(x: Tensor) -> Tensor:
     """uint8, or floats in [0, 1], (B, 3, ...) -> ImageNet-normalised floats of the same shape."""
     if x.ndim < 4 or x.shape[1] != 3:
         raise ValueError(f"got shape {tuple(x.shape)}; expected (B, 3, H, W) or (B, 3, T, H, W)")
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise ValueError(f"got {x.dtype}: expected uint8, or floats in [0, 1]")
     shape = (3, *[1] * (x.ndim - 2))  # the channel is second
     mean, std = (v.to(x.device, non_blocking=True).view(shape) for v in (MEAN, STD))
     x = x / 255 if x.dtype == torch.uint8 else x
@@ -477,7 +479,7 @@ CHECKPOINTS = {
 
 
 @contextmanager
-def _reading(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
+def _errors_name(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
     """Whatever a file's content makes its reader say becomes a ValueError that names the file."""
     try:
         yield
@@ -579,7 +581,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     path = _fetch(str(name))
     file = read_checkpoint(path)
     state = file.get("model", file)
-    with _reading(path, "not an OmniMAE checkpoint"):
+    with _errors_name(path, "not an OmniMAE checkpoint"):
         if "settings" in file:  # this project's
             cfg = OmniMAEConfig(**file["config"])
         else:
@@ -599,7 +601,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
 # Media: data sets as people download them, images and clips
 
 CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
-MAX_PIXELS = 2**27  # of an image; 16 times of a clip's frames, which wait decoded for the choice
+MAX_PIXELS = 2**27  # of an image; all frames of a clip's window, kept till the choice: 16 times it
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
@@ -615,8 +617,8 @@ class Listing(NamedTuple):
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
-    """The class names of a labels.json, in the order of their numbers. ValueError names another."""
-    with _reading(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
+    """The class names of a labels.json, in the order of their numbers. ValueError for other content."""
+    with _errors_name(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
         number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
         if sorted(number.values()) != list(range(len(number))):
             raise ValueError("its numbers are not 0, 1, 2 and so on, each once")
@@ -625,8 +627,10 @@ def read_labels(path: str | os.PathLike) -> list[str]:
 
 def _list_ssv2(root: Path, split: str) -> Listing:
     folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist: expected the data set's .webm files in it")
     classes = read_labels(root / "labels" / "labels.json")
-    with _reading(path):
+    with _errors_name(path):
         samples = json.loads(path.read_text())
         names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
         paths = [str(folder / f"{sample['id']}.webm") for sample in samples]
@@ -634,6 +638,12 @@ def _list_ssv2(root: Path, split: str) -> Listing:
         raise ValueError(f"{path}: labels.json has no {min(unknown)!r} ({len(unknown)} such)")
     number = {name: i for i, name in enumerate(classes)}
     return Listing(paths, [number[name] for name in names], classes)
+
+
+def has_validation(root: str | os.PathLike) -> bool:
+    """Whether a data set has a validation part of its own."""
+    own = ("val", "validation", "labels/labels.json")
+    return any((Path(root) / name).exists() for name in own)
 
 
 def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> Listing:
@@ -686,7 +696,7 @@ def _check_size(width: int, height: int) -> None:
 def read_image(path: str | os.PathLike) -> Tensor:
     """uint8 (3, H, W), always RGB: grey and CMYK converted, 16 bit cut to 8, alpha dropped, EXIF
     orientation left as stored. ValueError names a file that cannot be read."""
-    with _reading(path), PIL.Image.open(path) as image:
+    with _errors_name(path), PIL.Image.open(path) as image:
         _check_size(*image.size)
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
             image = PIL.Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8))
@@ -699,7 +709,7 @@ class Video(AbstractContextManager):
     def __init__(self, path: str | os.PathLike):
         self.path = path
         self.rgb = VideoReformatter()  # kept: making one costs more than using it
-        with _reading(path), ExitStack() as on_error:
+        with _errors_name(path), ExitStack() as on_error:
             self.container = on_error.enter_context(av.open(str(path)))
             if not self.container.streams.video:
                 raise ValueError("it has no video stream")
@@ -720,7 +730,7 @@ class Video(AbstractContextManager):
     def clip(self, start: float, duration: float, num_frames: int) -> Tensor:
         """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds
         from the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
-        with _reading(self.path):
+        with _errors_name(self.path):
             frames, total = [], 0
             for frame in self._window(start, start + duration):
                 _check_size(frame.width, frame.height)
@@ -843,7 +853,7 @@ def write_demo_data(
     """Write the demo data set to a new folder: the same files every time, complete or not at all.
 
     root/images: JPEGs in ImageNet's layout, the class is the shape. root/videos: VP9 .webm, 12
-    frames a second, 2 to 4 s, in SSv2's layout; the class is the motion, which no one frame tells.
+    frames a second, 2 to 4 s, in SSv2's layout; the class is the motion, which the middle frame does not tell.
     """
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -212,6 +212,8 @@ def test_normalize_is_torchvisions_and_takes_bytes():
     expected = torch.stack([plain(frame) for frame in (x / 255).transpose(1, 2).flatten(0, 1)])
     assert torch.equal(omnimae.normalize(x).transpose(1, 2).flatten(0, 1), expected)
     assert torch.equal(omnimae.normalize(x / 255), omnimae.normalize(x))
+    with pytest.raises(ValueError, match="got torch.int64: expected uint8, or floats in"):
+        omnimae.normalize(x.long())
 
 
 @pytest.mark.parametrize(
@@ -749,6 +751,9 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
         (tmp_path / "labels.json").write_text(numbers)
         with pytest.raises(ValueError, match=r"labels.json: expected JSON .* each once"):
             omnimae.read_labels(tmp_path / "labels.json")
+    with pytest.raises(ValueError, match=r"20bn-something-something-v2 does not exist: expected"):
+        omnimae.list_media(tmp_path / "ssv2", "videos")
+    (tmp_path / "ssv2" / "20bn-something-something-v2").mkdir()
     (tmp_path / "ssv2" / "labels" / "labels.json").write_text('{"Holding something": "0"}')
     with pytest.raises(ValueError, match=r"train.json.*labels.json has no 'Growing something'"):
         omnimae.list_media(tmp_path / "ssv2", "videos")
@@ -946,7 +951,7 @@ def test_options_run(pretrain, options):
 
 
 def test_the_benchmark_times_model_loader_and_both(pretrain, tmp_path, capsys):
-    pretrain("--benchmark", "--json", "--batch-size", 8, "--micro-batch", 4)
+    pretrain("--json", "--batch-size", 8, "--micro-batch", 4)
     assert not (tmp_path / "run").exists()  # nothing is trained
     *table, line = capsys.readouterr().out.splitlines()
     report = json.loads(line)
@@ -961,7 +966,6 @@ def test_the_benchmark_times_model_loader_and_both(pretrain, tmp_path, capsys):
         for part in ("model", "both"):
             work = figures[part]["views_per_second"] * figures["flops_per_view"]
             assert figures[part]["of_matmul"] == pytest.approx(work / figures["matmul_flops"])
-            assert 0 < figures[part]["of_matmul"] < 1
         loader, model = (figures[part]["views_per_second"] for part in ("loader", "model"))
         assert figures["cores"] == pytest.approx(model / loader)  # without workers: one core
 
@@ -1052,6 +1056,10 @@ def test_another_runs_folder_is_refused(pretrain):
         (("--model", "vit-B"), "'vit-B': none of vit_b, vit_l, vit_h, demo: did you mean vit_b?"),
         (("--model", "resnet"), "'resnet': none of vit_b, vit_l, vit_h, demo\n"),
         (("--image-mask-ratio", "1.5"), "--image-mask-ratio: '1.5': expected a share"),
+        (("--image-mask-ratio", "many"), "--image-mask-ratio: 'many': expected a share"),
+        (("--image-mask-ratio", "0.001"), "ratio of 0.001 masks 0 of 36 patches: expected some"),
+        (("--seed", "-1"), "--seed: '-1': expected a whole number, 0 or more"),
+        (("--out", "file"), "--out file is a file: expected a folder"),
         (("--epochs", "0"), "--epochs: '0': expected a whole number, 1 or more"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
@@ -1515,7 +1523,7 @@ def test_pictures_and_films_of_reconstructions(released, demo, tmp_path, capsys)
     assert str(one / "1.webm.mp4") in capsys.readouterr().out
 
 
-def test_a_folder_of_class_folders_lends_every_tenth_file(demo, finetuning, tmp_path):
+def test_a_folder_of_class_folders_lends_every_tenth_file(demo, finetuning, tmp_path, capsys):
     clips = sorted((demo / "videos" / "20bn-something-something-v2").iterdir())
     for i, clip in enumerate(clips[:24]):
         (tmp_path / "mine" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -1529,6 +1537,8 @@ def test_a_folder_of_class_folders_lends_every_tenth_file(demo, finetuning, tmp_
     assert all(Path(path).parent.name == "ab"[label] for path, label in zip(*parts[1][:2]))
     out = finetuning("--epochs", 1, data=("--videos", tmp_path / "mine"))
     assert omnimae.load_checkpoint(out / "best.pt").classes == ["a", "b"]
+    run_eval("--checkpoint", out / "best.pt", "--videos", tmp_path / "mine")
+    assert "4 videos, 15 views of each; every tenth file, as it has no" in capsys.readouterr().out
 
 
 def test_one_model_takes_images_and_videos(finetuning, demo, capsys):
@@ -1553,6 +1563,12 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     torch.save(released(10), tmp_path / "ten.torch")
     (tmp_path / "empty").mkdir()
     labels = videos / "labels" / "labels.json"
+    for part in ("train", "val"):
+        (tmp_path / "one" / part / "a").mkdir(parents=True)
+        shutil.copy(image, tmp_path / "one" / part / "a")
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "1.jpg").write_text("no picture")
     for part, names in (("train", "ab"), ("val", "ac")):
         for name in names:
             (tmp_path / "mine" / part / name).mkdir(parents=True)
@@ -1578,16 +1594,19 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
         ),
         (("--videos", tmp_path / "empty"), "empty: no videos found"),
         (("--images", tmp_path / "mine" / "train"), "'a' has one file in all"),
+        (("--images", tmp_path / "one"), "one has images of one class, 'a': expected at least two"),
     ):
         with pytest.raises(ValueError, match=words):
             finetuning(data=data, out="bad")
     assert not (tmp_path / "bad").exists()
     for module, options, words in (
         (evaluation, ("--checkpoint", tuned), "expected one of these: --images DIR, --videos DIR, files"),
-        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected clips x crops"),
+        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected CLIPSxCROPS, 1 or 3 crops, as 5x3"),
         (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
         (evaluation, ("--checkpoint", tuned, image, "--predictions", "a.csv"), "--predictions is for a data set"),
         (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv: its folder does not exist"),
+        (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", tmp_path), "is a folder: expected a file"),
+        (evaluation, ("--checkpoint", tuned, "--images", images, "--labels", labels), "--labels is for files: a data set has labels"),
         (finetune, ("--checkpoint", "scratch", "--model", "vit_bb", "--images", images), "did you mean vit_b?"),
         (finetune, ("--checkpoint", "scratch", "--images", images), "expected --model with"),
         (finetune, ("--checkpoint", tuned), "expected one of --images DIR and --videos DIR"),
@@ -1599,6 +1618,13 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("finetune.py: vit_b_x: no such file, and not a released")
+    command = [sys.executable, HERE / "finetune.py", "--checkpoint", "scratch", "--model", "demo"]
+    command += ["--images", "broken", "--workers", "1"]  # what a worker says comes as a traceback
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "finetune.py: 20 images in a row cannot be read, the last: broken"
+    )
 
 
 @pytest.mark.parametrize("script", [train, finetune, evaluation])

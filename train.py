@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import statistics
@@ -204,8 +205,8 @@ def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, col
 
 
 class Run:
-    """A run among torchrun's processes. Its folder holds `last.pt`, `log.jsonl` and `args.json`,
-    which rank 0 writes. Finetuning uses the same."""
+    """A run among torchrun's processes: of pretraining, finetuning or evaluation. The first two
+    `open` a folder for `last.pt`, `log.jsonl` and `args.json`, which rank 0 writes."""
 
     def __init__(self, args: argparse.Namespace):
         names = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")
@@ -270,10 +271,13 @@ class Run:
 
     # The folder
 
-    def open(self, args: argparse.Namespace, free: set, facts: dict, model, optimizer) -> dict:
+    def open(self, args: argparse.Namespace, sizes: dict, model, optimizer) -> dict:
         """Make the folder this process's own, and go on from `last.pt`, if it is there, whose content
-        it returns. It must be of a run with the same `facts` and options, but for the `free` ones."""
+        it returns. It must be of a run on as many files and with the same options, but for the
+        RESUMABLE ones."""
         self.out = Path(args.out)
+        if self.out.is_file():
+            raise ValueError(f"--out {self.out} is a file: expected a folder")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / "args.json", "a")  # noqa: SIM115 (held until the process ends)
@@ -283,8 +287,8 @@ class Run:
                 raise ValueError(
                     f"another run is writing to {self.out}: choose another --out"
                 ) from None
-        options = {key: value for key, value in vars(args).items() if key not in free}
-        self.settings = options | facts | {"precision": str(self.dtype)}
+        self.settings = {key: value for key, value in vars(args).items() if key not in RESUMABLE}
+        self.settings |= {"files": sizes, "precision": str(self.dtype)}
         log, path = self.out / "log.jsonl", self.out / "last.pt"
         lines, file = [], {}
         if path.exists():
@@ -429,7 +433,7 @@ def replace_file(path: Path, write) -> None:
 
 
 def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dtype:
-    """What matrix products are computed in: bfloat16 where the device has it, else float16."""
+    """What matrix products are computed in: bfloat16, but float16 on GPUs without it."""
     if name == "float16" and device.type == "cpu":
         raise ValueError("--dtype float16 is for GPUs without bfloat16: give bfloat16 or float32")
     if name or model == "demo":  # matrices this small gain nothing
@@ -487,11 +491,11 @@ def timed(step, run: Run, warmup: int = 3, window_seconds: float = 0.1) -> float
     return statistics.median(window(steps) for _ in range(7))
 
 
-def matmul_rate(run: Run, window_seconds: float = 0.02) -> float:
+def matmul_rate(run: Run, size: int = 1024) -> float:
     """FLOP/s of large matrix products on all devices: what they can do at most."""
-    size = 8192 if run.device.type == "cuda" else 1024
+    size = 8192 if run.device.type == "cuda" else size
     a = torch.randn(size, size, device=run.device, dtype=run.dtype)
-    return run.sum(2 * size**3 / timed(lambda: a @ a, run, window_seconds=window_seconds))[0]
+    return run.sum(2 * size**3 / timed(lambda: a @ a, run, window_seconds=0.02))[0]
 
 
 def memory_gb(device: torch.device) -> float:
@@ -505,14 +509,17 @@ def memory_gb(device: torch.device) -> float:
 # Pretraining
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+def whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
     return int(text)
 
 
+positive = functools.partial(whole, least=1)
+
+
 def share(text: str) -> float:
-    if not 0 < float(text) < 1:
+    if not re.fullmatch(r"0?\.\d*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a share between 0 and 1, as 0.9")
     return float(text)
 
@@ -530,7 +537,7 @@ def option_group(parser: argparse.ArgumentParser, title: str):
 
     def add(flag, help, **more):
         shown = " (default: %(default)s)" if more.get("default") is not None else ""
-        name = {positive: "N", int: "N", float: "X", share: "X"}.get(more.get("type"))
+        name = {positive: "N", whole: "N", float: "X", share: "X"}.get(more.get("type"))
         if "choices" not in more and "action" not in more:
             more.setdefault("metavar", name)
         options.add_argument(flag, help=help + shown, **more)
@@ -541,15 +548,15 @@ def option_group(parser: argparse.ArgumentParser, title: str):
 # fmt: off
 def device_options(add) -> None:
     add("--device", "(default: a GPU if there is one)", choices=["cuda", "cpu"])
-    add("--dtype", "of autocast (default: bfloat16 if the device has it; demo: float32)", choices=["float32", "bfloat16", "float16"])
-    add("--workers", "loader processes a device (default: its share of the cores less one, at least 1)", type=int)
+    add("--dtype", "of autocast (default: bfloat16, on GPUs without it float16; demo: float32)", choices=["float32", "bfloat16", "float16"])
+    add("--workers", "loader processes a device (default: its share of the cores less one, at least 1)", type=whole)
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
     """What pretraining and finetuning have in common."""
     add = option_group(parser, "machine: speed and memory")
     device_options(add)
-    add("--micro-batch", "views at once on a device (default: all of its share; pretraining on demo data: 32, vit_*: 16)", type=positive)
+    add("--micro-batch", "views at once on a device (default: all of its share of the batch)", type=positive)
     add("--compile", "torch.compile the model", action="store_true")
     add("--checkpoint-activations", "compute activations twice: less memory", action="store_true")
     add("--compress-gradients", "send gradients as bfloat16", action="store_true")
@@ -572,10 +579,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", "folder of images, or 'demo'", metavar="DIR")
     add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
-    add("--init", "start from a pretraining checkpoint: path or released name", metavar="NAME")
-    add = option_group(parser, "recipe: the released one for ViT-B; with the demo model or data 12 epochs of batch 64")
-    add("--epochs", "passes; the released checkpoints have 1600", type=positive, default=800)
-    add("--batch-size", "views a step, over all processes", type=positive, default=2048)
+    add("--init", "start from a pretraining checkpoint: path, URL or released name", metavar="NAME")
+    add = option_group(parser, "recipe: the released one for ViT-B")
+    add("--epochs", "passes (default: 800, the released checkpoints 1600; demo model or data: 12)", type=positive)
+    add("--batch-size", "views a step, over all processes (default: 2048; demo model or data: 64)", type=positive)
     add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 6e-4)", type=float)
     add("--weight-decay", "not on biases and LayerNorm", type=float, default=0.05)
     add("--image-views", "views of an image in a step", type=positive, default=1)
@@ -583,24 +590,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-mask-ratio", "share masked (default: 0.90; demo: 0.75)", type=share)
     add("--video-mask-ratio", "share masked (default: 0.95; demo: 0.90)", type=share)
     add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
-    add("--seed", "of everything random", type=int, default=0)
+    add("--seed", "of everything random", type=whole, default=0)
     add = option_group(parser, "speed")
     add("--benchmark", "time steps, by default of one micro-batch, instead of training", action="store_true")
-    add("--json", "with --benchmark: its figures also as a line of JSON", action="store_true")
+    add("--json", "the same, with its figures also as a line of JSON", action="store_true")
     # fmt: on
     machine_options(parser)
-    args, _ = parser.parse_known_args(argv)
-    if "demo" in (args.model, args.images, args.videos) or not (args.images or args.videos):
-        micro = 32 if args.model == "demo" else 16
-        if args.batch_size != parser.get_default("batch_size"):
-            micro = None  # it may not divide the user's own
-        parser.set_defaults(epochs=12, batch_size=64, micro_batch=micro)
-    if args.benchmark:
-        world, micro = int(os.environ.get("WORLD_SIZE", "1")), args.micro_batch or 32
-        parser.set_defaults(micro_batch=micro, batch_size=micro * world)
     args = parser.parse_args(argv)
     if not (args.images or args.videos):
         args.images = args.videos = "demo"
+    demo = "demo" in (args.model, args.images, args.videos)
+    args.benchmark |= args.json
+    if args.micro_batch is None and (args.benchmark or demo and args.batch_size is None):
+        args.micro_batch = 32 if args.benchmark or args.model == "demo" else 16
+    if args.batch_size is None:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        args.batch_size = args.micro_batch * world if args.benchmark else 64 if demo else 2048
+    args.epochs = args.epochs or (12 if demo else 800)
     args.out = args.out or f"runs/{args.model}"
     if args.lr is None:
         args.lr = 6e-4 if args.model == "demo" else 1.6e-3 * args.batch_size / 2048
@@ -618,21 +624,20 @@ def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.Omn
     ratios = {"image_mask_ratio": cfg.image_mask_ratio, "video_mask_ratio": cfg.video_mask_ratio}
     loaded.cfg = replace(loaded.cfg, **ratios)
     if loaded.cfg != replace(cfg, decoder_qkv_bias=loaded.cfg.decoder_qkv_bias):
-        raise ValueError(f"--init {name} is not a {model}, but {loaded.cfg}")
+        raise ValueError(f"--init {name} is of size {size_name(loaded.cfg)}: expected a {model}")
     return loaded.train()
 
 
-def held_out_batches(cfg, sources: dict, seed: int) -> dict:
+def held_out_batches(cfg, sources: dict, seed: int, mask_kind: str) -> dict:
     """Centre crops and masks, the same all through a run: 32 images and 8 clips of the validation
     part, or of the training part where there is none."""
     batches = {}
     for kind, root in sources.items():
-        try:
-            paths = omnimae.list_media(root, kind, "val").paths
-        except (ValueError, OSError):
-            paths = omnimae.list_media(root, kind).paths
+        own = omnimae.has_validation(root)
+        if not own:
             print(f"{root} has no validation part: its held-out loss is of files trained on")
-        views = Views(cfg, {kind: paths}, seed, held_out=True)
+        paths = omnimae.list_media(root, kind, "val" if own else "train").paths
+        views = Views(cfg, {kind: paths}, seed, mask_kind, held_out=True)
         at = np.linspace(0, len(paths) - 1, min(len(paths), {"images": 32, "videos": 8}[kind]))
         batches[kind] = collate([views[kind, 0, int(i), 0, 1] for i in at])
     return batches
@@ -664,9 +669,9 @@ def benchmark(kind: str, steps: Steps, cfg, run: Run, dataset: Views, update) ->
     steps.total = sys.maxsize  # however fast it is
     pixels, visible, _ = collate([dataset[sample] for sample in next(iter(steps))])
     batch = torch.randint_like(pixels, 256).to(run.device), visible.to(run.device), []
-    flops, rate = count_flops(cfg, kind), matmul_rate(run, 0.1)
+    flops, rate = count_flops(cfg, kind), matmul_rate(run, 2048)
     seconds = {"model": timed(lambda: update(itertools.repeat(batch), steps.accumulate), run)}
-    rate = (rate + matmul_rate(run, 0.1)) / 2
+    rate = (rate + matmul_rate(run, 2048)) / 2
     loader = iter(make_loader(dataset, steps, run.workers, run.device, collate))
     ready = 2 * run.workers + 1  # batches that workers make ahead
     seconds["loader"] = timed(lambda: [next(loader) for _ in range(steps.accumulate)], run, ready)
@@ -704,6 +709,8 @@ def main(args: argparse.Namespace) -> None:
     # The model
     ratios = {k: v for k, v in vars(args).items() if k.endswith("mask_ratio") and v}
     cfg = replace(omnimae.MODELS[args.model], **ratios)
+    for kind in sources:  # a ratio that masks none, or all, ends here
+        omnimae.random_mask(1, *cfg.masking(kind), args.mask)
     torch.manual_seed(args.seed)
     model = start_from(args.init, args.model, cfg) if args.init else omnimae.OmniMAE(cfg)
     model.to(run.device)
@@ -716,7 +723,7 @@ def main(args: argparse.Namespace) -> None:
         lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True,
     )  # fmt: skip
     if not args.benchmark:
-        run.open(args, RESUMABLE, {"files": sizes}, model, optimizer)
+        run.open(args, sizes, model, optimizer)
     if args.compile:
         model.compile(dynamic=False)  # once for images and once for clips
     parallel = run.parallel(model, args.compress_gradients)
@@ -747,7 +754,7 @@ def main(args: argparse.Namespace) -> None:
         f"{steps.total:,} steps of {args.batch_size} views in {args.epochs} epochs; see {run.out}/"
     )
 
-    held_out = held_out_batches(cfg, sources, args.seed) if run.rank == 0 else {}
+    held_out = held_out_batches(cfg, sources, args.seed, args.mask) if run.rank == 0 else {}
     steps.start = run.step
     batches = iter(make_loader(dataset, steps, run.workers, run.device, collate))
     run.begin(steps.total, rate)
@@ -785,9 +792,10 @@ def run_script(main, parse_args) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
-        hint = "; the last checkpoint is of an earlier step: try a lower --lr or --dtype float32"
+        hint = "; what was saved stays: try a lower --lr or --dtype float32"
         hint = hint if isinstance(error, FloatingPointError) else ""
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}{hint}")
+        reason = str(error).rsplit("ValueError: ", 1)[-1].strip()  # a worker's comes as a traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: {reason}{hint}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:  # loader workers are deaf to the signal with which Python would end them
