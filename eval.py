@@ -46,10 +46,10 @@ def list_labelled(
 
     A data set without a validation part lends every tenth file of each class to be it.
     """
-    own = omnimae.has_validation(root)
+    own = omnimae.has_validation(root, kind)
     paths, labels, names = omnimae.list_media(root, kind, split if own else "train")
     if labels is None:
-        raise ValueError(f"{root}: its {kind} have no labels: expected <class>/<file>")
+        raise ValueError(f"{root}: its {split} {kind} have no labels: expected <class>/<file>")
     if not own:
         place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # in its class
         chosen = np.flatnonzero((place % 10 == 0) == (split == "val"))
@@ -188,8 +188,8 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run
     published = PUBLISHED.get(args.checkpoint)
     num_views = 1 if kind == "images" else math.prod(args.views)
     run.print(
-        f"{args.checkpoint} on {root}: {len(listing.paths):,} {kind}, {num_views} views of each"
-        f"{'' if omnimae.has_validation(root) else '; every tenth file, as it has no validation part'}\n"
+        f"{args.checkpoint} on {root}: {len(listing.paths):,} {kind}, {num_views} view{'s' * (num_views > 1)} of each"
+        f"{'' if omnimae.has_validation(root, kind) else '; every tenth file, as it has no validation part'}\n"
         f"top-1 {top1:.2f} %{f' (published: {published} %)' if published else ''}\n"
         f"top-5 {top5:.2f} %{f', {unreadable} unreadable counted as wrong' if unreadable else ''}"
     )
@@ -300,7 +300,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", "folder for the pictures", default="reconstructions", metavar="DIR")
     add = train.option_group(parser, "machine")
     train.device_options(add)
-    add("--batch-size", "views at once on a device", type=train.positive, default=64)
+    add("--batch-size", "views at once on a device, at least one file's", type=train.positive, default=64)
     # fmt: on
     args = parser.parse_args(argv)
     if bool(args.images) + bool(args.videos) + bool(args.files) != 1:

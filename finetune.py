@@ -239,7 +239,10 @@ def main(args: argparse.Namespace) -> None:
     model = build(args, kind, cfg, classes, start).to(run.device)
     groups = parameter_groups(model, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
-    best = run.open(args, {kind: num}, model, optimizer).get("best", -1.0)
+    last = run.open(args, {kind: num, "classes": len(classes)}, model, optimizer)
+    if last.get("classes", classes) != classes:
+        raise ValueError(f"{run.out} is of a run on other classes: choose another --out")
+    best = last.get("best", -1.0)
     if args.compile:
         model.compile(dynamic=False)
     parallel = run.parallel(model, args.compress_gradients)

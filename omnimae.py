@@ -282,7 +282,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Drop path (stochastic depth) leaves a branch out for some samples, scaled up for others."""
+    """Drop path (stochastic depth) skips a branch for some samples, and scales it up for others."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, drop_path: float = 0.0):
         super().__init__()
@@ -503,12 +503,14 @@ def _fetch(name: str) -> Path:
     if "://" not in url:
         known = did_you_mean(name, CHECKPOINTS) or f" ({', '.join(CHECKPOINTS)})"
         raise ValueError(f"{name}: no such file, and not a released checkpoint{known}")
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    known, whole = url in CHECKPOINTS.values(), url.split("://")[1].replace("/", "_")
+    file = url.rsplit("/", 1)[-1] if known else whole  # others may all be called last.pt
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))  # to a temporary file, then renamed
-        except OSError as error:
+        except Exception as error:  # urllib raises many kinds
             raise ValueError(f"{name}: cannot download {url} to {path}: {error}") from error
     return path
 
@@ -601,7 +603,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
 # Media: data sets as people download them, images and clips
 
 CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
-MAX_PIXELS = 2**27  # of an image; all frames of a clip's window, kept till the choice: 16 times it
+MAX_PIXELS = 2**27  # of an image; the frames of a clip's window, kept till chosen from: 16 times
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
@@ -617,7 +619,7 @@ class Listing(NamedTuple):
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
-    """The class names of a labels.json, in the order of their numbers. ValueError for other content."""
+    """The class names of a labels.json, in the order of their numbers; ValueError for another."""
     with _errors_name(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
         number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
         if sorted(number.values()) != list(range(len(number))):
@@ -640,9 +642,9 @@ def _list_ssv2(root: Path, split: str) -> Listing:
     return Listing(paths, [number[name] for name in names], classes)
 
 
-def has_validation(root: str | os.PathLike) -> bool:
+def has_validation(root: str | os.PathLike, kind: str) -> bool:
     """Whether a data set has a validation part of its own."""
-    own = ("val", "validation", "labels/labels.json")
+    own = ("val", "validation", *["labels/labels.json"] * (kind == "videos"))
     return any((Path(root) / name).exists() for name in own)
 
 
@@ -670,12 +672,19 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
             if entry.name.lower().endswith(SUFFIXES[kind]) and not entry.name.startswith(".")
         )
 
-    folders = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
+    entries = sorted(os.scandir(part), key=lambda entry: entry.name)
+    folders = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
     inside = {name: found for name in folders if (found := files(part / name))}
+    flat = files(part)
+    if inside and flat:
+        raise ValueError(
+            f"{part} holds {kind} beside folders of {kind}, such as {Path(flat[0]).name} beside "
+            f"{min(inside)}/: expected either"
+        )
     if inside:
         labels = [label for label, found in enumerate(inside.values()) for _ in found]
         return Listing([path for found in inside.values() for path in found], labels, list(inside))
-    if not (flat := files(part)):
+    if not flat:
         raise ValueError(
             f"{part}: no {kind} found: expected <class>/<file> or files that end in "
             f"{' '.join(SUFFIXES[kind])}"
@@ -698,6 +707,8 @@ def read_image(path: str | os.PathLike) -> Tensor:
     orientation left as stored. ValueError names a file that cannot be read."""
     with _errors_name(path), PIL.Image.open(path) as image:
         _check_size(*image.size)
+        if image.mode == "F":
+            raise ValueError("its pixels are floats: expected 8 or 16 bit")
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
             image = PIL.Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8))
         return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))  # it copies
@@ -853,7 +864,8 @@ def write_demo_data(
     """Write the demo data set to a new folder: the same files every time, complete or not at all.
 
     root/images: JPEGs in ImageNet's layout, the class is the shape. root/videos: VP9 .webm, 12
-    frames a second, 2 to 4 s, in SSv2's layout; the class is the motion, which the middle frame does not tell.
+    frames a second, 2 to 4 s, in SSv2's layout; the class is the motion, which the frame in the middle
+    does not tell.
     """
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)

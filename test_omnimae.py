@@ -478,8 +478,14 @@ def test_a_name_is_downloaded_once(released, tmp_path, monkeypatch):
     assert omnimae.load_checkpoint("tiny_in1k").head.out_features == 10
     (tmp_path / "somewhere.torch").unlink()
     assert omnimae.load_checkpoint("tiny_in1k").head.out_features == 10  # from the cache
-    with pytest.raises(ValueError, match="tiny_gone.*cannot download"):
-        omnimae.load_checkpoint((tmp_path / "tiny_gone.torch").as_uri())
+    for folder, classes in (("a", 3), ("b", 4)):  # two files of one name
+        (tmp_path / folder).mkdir()
+        torch.save(released(classes), tmp_path / folder / "best.pt")
+        url = (tmp_path / folder / "best.pt").as_uri()
+        assert omnimae.load_checkpoint(url).head.out_features == classes
+    for url in ((tmp_path / "tiny_gone.torch").as_uri(), "http://no host/a b.pt"):
+        with pytest.raises(ValueError, match=f"{url}: cannot download"):
+            omnimae.load_checkpoint(url)
 
 
 @pytest.mark.parametrize(
@@ -751,6 +757,16 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
         (tmp_path / "labels.json").write_text(numbers)
         with pytest.raises(ValueError, match=r"labels.json: expected JSON .* each once"):
             omnimae.read_labels(tmp_path / "labels.json")
+    for name in ("cat", ".thumbnails"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "1.jpg").touch()
+    assert omnimae.list_media(tmp_path / "mine", "images").classes == ["cat"]
+    assert not omnimae.has_validation(tmp_path / "ssv2", "images")
+    (tmp_path / "mine" / "2.jpg").touch()
+    with pytest.raises(
+        ValueError, match="holds images beside folders of images, such as 2.jpg bes"
+    ):
+        omnimae.list_media(tmp_path / "mine", "images")
     with pytest.raises(ValueError, match=r"20bn-something-something-v2 does not exist: expected"):
         omnimae.list_media(tmp_path / "ssv2", "videos")
     (tmp_path / "ssv2" / "20bn-something-something-v2").mkdir()
@@ -1492,7 +1508,7 @@ def test_each_file_counts_once_on_any_number_of_processes(demo, tmp_path, capfd)
         rows = list(csv.DictReader(table.read_text().splitlines()))
         assert len({row["path"] for row in rows}) == len(rows) == 13
         right = sum(row["label"] == row["best_1"] for row in rows)
-        assert f"13 images, 1 views of each\ntop-1 {100 * right / 13:.2f} %" in output
+        assert f"13 images, 1 view of each\ntop-1 {100 * right / 13:.2f} %" in output
     assert shown[0] == shown[1] == shown[2] and "1 unreadable counted as wrong" in shown[0]
 
 
@@ -1536,6 +1552,10 @@ def test_a_folder_of_class_folders_lends_every_tenth_file(demo, finetuning, tmp_
     assert parts[1].labels == [0, 0, 1, 1] and parts[1].classes == ["a", "b"]
     assert all(Path(path).parent.name == "ab"[label] for path, label in zip(*parts[1][:2]))
     out = finetuning("--epochs", 1, data=("--videos", tmp_path / "mine"))
+    (tmp_path / "mine" / "b").rename(tmp_path / "mine" / "c")
+    with pytest.raises(ValueError, match="run is of a run on other classes: choose another --out"):
+        finetuning("--epochs", 1, data=("--videos", tmp_path / "mine"))
+    (tmp_path / "mine" / "c").rename(tmp_path / "mine" / "b")
     assert omnimae.load_checkpoint(out / "best.pt").classes == ["a", "b"]
     run_eval("--checkpoint", out / "best.pt", "--videos", tmp_path / "mine")
     assert "4 videos, 15 views of each; every tenth file, as it has no" in capsys.readouterr().out

@@ -273,8 +273,8 @@ class Run:
 
     def open(self, args: argparse.Namespace, sizes: dict, model, optimizer) -> dict:
         """Make the folder this process's own, and go on from `last.pt`, if it is there, whose content
-        it returns. It must be of a run on as many files and with the same options, but for the
-        RESUMABLE ones."""
+        it returns. It must be of a run on as many files and with the same options, except those in
+        RESUMABLE."""
         self.out = Path(args.out)
         if self.out.is_file():
             raise ValueError(f"--out {self.out} is a file: expected a folder")
@@ -392,8 +392,8 @@ class Run:
 
     def agree(self, loss: torch.Tensor, files: int, pause: bool) -> float | None:
         """After a step that read `files` files: sum flags and counts over the ranks, so that all log,
-        save, stop or fail together. Only at a pause, or before saving, are the losses since the last
-        one looked at, because that waits for the device; then the mean loss of this step."""
+        save, stop or fail together. The losses are looked at only at a pause or before saving, because
+        that waits for the device; then this step's mean loss is returned, else None."""
         self.losses.append(loss)
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
         self.stop, self.due, lost = self.sum(self.signalled, due, self.lost)
@@ -492,7 +492,7 @@ def timed(step, run: Run, warmup: int = 3, window_seconds: float = 0.1) -> float
 
 
 def matmul_rate(run: Run, size: int = 1024) -> float:
-    """FLOP/s of large matrix products on all devices: what they can do at most."""
+    """FLOP/s of large matrix products on all devices: what utilisation is the share of."""
     size = 8192 if run.device.type == "cuda" else size
     a = torch.randn(size, size, device=run.device, dtype=run.dtype)
     return run.sum(2 * size**3 / timed(lambda: a @ a, run, window_seconds=0.02))[0]
@@ -548,7 +548,7 @@ def option_group(parser: argparse.ArgumentParser, title: str):
 # fmt: off
 def device_options(add) -> None:
     add("--device", "(default: a GPU if there is one)", choices=["cuda", "cpu"])
-    add("--dtype", "of autocast (default: bfloat16, on GPUs without it float16; demo: float32)", choices=["float32", "bfloat16", "float16"])
+    add("--dtype", "of autocast (default: bfloat16, on GPUs without it float16; demo model: float32)", choices=["float32", "bfloat16", "float16"])
     add("--workers", "loader processes a device (default: its share of the cores less one, at least 1)", type=whole)
 
 
@@ -556,7 +556,7 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     """What pretraining and finetuning have in common."""
     add = option_group(parser, "machine: speed and memory")
     device_options(add)
-    add("--micro-batch", "views at once on a device (default: all of its share of the batch)", type=positive)
+    add("--micro-batch", "views at once on a device (default: all of its share of the batch; in pretraining demo model: 32, demo data: 16)", type=positive)
     add("--compile", "torch.compile the model", action="store_true")
     add("--checkpoint-activations", "compute activations twice: less memory", action="store_true")
     add("--compress-gradients", "send gradients as bfloat16", action="store_true")
@@ -581,9 +581,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
     add("--init", "start from a pretraining checkpoint: path, URL or released name", metavar="NAME")
     add = option_group(parser, "recipe: the released one for ViT-B")
-    add("--epochs", "passes (default: 800, the released checkpoints 1600; demo model or data: 12)", type=positive)
+    add("--epochs", "each of as many views as there are files (default: 800, the released checkpoints 1600; demo model or data: 12)", type=positive)
     add("--batch-size", "views a step, over all processes (default: 2048; demo model or data: 64)", type=positive)
-    add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo: 6e-4)", type=float)
+    add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo model: 6e-4)", type=float)
     add("--weight-decay", "not on biases and LayerNorm", type=float, default=0.05)
     add("--image-views", "views of an image in a step", type=positive, default=1)
     add("--video-views", "views of a video in a step, decoded once", type=positive, default=4)
@@ -592,7 +592,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
     add("--seed", "of everything random", type=whole, default=0)
     add = option_group(parser, "speed")
-    add("--benchmark", "time steps, by default of one micro-batch, instead of training", action="store_true")
+    add("--benchmark", "time steps (by default of one micro-batch of 32) instead of training", action="store_true")
     add("--json", "the same, with its figures also as a line of JSON", action="store_true")
     # fmt: on
     machine_options(parser)
@@ -633,13 +633,15 @@ def held_out_batches(cfg, sources: dict, seed: int, mask_kind: str) -> dict:
     part, or of the training part where there is none."""
     batches = {}
     for kind, root in sources.items():
-        own = omnimae.has_validation(root)
+        own = omnimae.has_validation(root, kind)
         if not own:
             print(f"{root} has no validation part: its held-out loss is of files trained on")
         paths = omnimae.list_media(root, kind, "val" if own else "train").paths
         views = Views(cfg, {kind: paths}, seed, mask_kind, held_out=True)
         at = np.linspace(0, len(paths) - 1, min(len(paths), {"images": 32, "videos": 8}[kind]))
         batches[kind] = collate([views[kind, 0, int(i), 0, 1] for i in at])
+        for message in batches[kind][-1]:
+            print(message, file=sys.stderr)
     return batches
 
 
