@@ -1426,7 +1426,7 @@ def test_a_released_ssv2_checkpoint_evaluates_and_predicts(hub, tmp_path, capsys
     options = ("--checkpoint", "vit_b_ssv2", "--dtype", "float32", "--views", "1x1")
     run_eval(*options, "--videos", root)
     shown = capsys.readouterr()
-    assert "2 videos, 1 views of each" in shown.out and "(published: 69.5 %)" in shown.out
+    assert "2 videos, 1 view of each" in shown.out and "(published: 69.5 %)" in shown.out
     assert "1 unreadable counted as wrong" in shown.out and "8.webm: cannot be read" in shown.err
     run_eval(*options, "--labels", root / "labels/labels.json", path)
     lines = capsys.readouterr().out.splitlines()
