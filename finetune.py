@@ -229,8 +229,8 @@ def main(args: argparse.Namespace) -> None:
     num, classes = len(listing.paths), listing.classes
     if len(classes) < 2:
         raise ValueError(f"{root} has {kind} of one class, {classes[0]!r}: expected at least two")
-    share = {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
-    steps = train.Steps({kind: num}, {kind: 1}, args.batch_size, args.epochs, args.seed, **share)
+    split = {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
+    steps = train.Steps({kind: num}, {kind: 1}, args.batch_size, args.epochs, args.seed, **split)
     epoch_steps = steps.total // args.epochs
 
     # The model
@@ -260,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
         logits = parallel(x.as_subclass(torch.Tensor))  # (B, classes)
         return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
 
-    rate = train.matmul_rate(run)
+    peak = train.matmul_rate(run)
     flops = train.count_flops(cfg, kind, len(classes)) / (3 if args.freeze else 1)  # forward only
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
@@ -271,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
     steps.start = run.step
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     batches = iter(train.make_loader(dataset, steps, run.workers, run.device, collate))
-    run.begin(steps.total, rate)
+    run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch = run.step // epoch_steps
         lr = train.learning_rate(run.step, steps.total, args.lr, end=1e-6, warmup=args.warmup)

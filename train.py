@@ -89,16 +89,16 @@ class Steps:
         self.sizes, self.views, self.batch, self.seed = sizes, views, batch, seed
         self.kinds = [kind for kind in sizes for _ in range(max(1, sizes[kind] // batch))]
         self.total, self.start = epochs * len(self.kinds), 0
-        share = batch // world
-        micro = min(micro or share, share)
+        per_rank = batch // world
+        micro = min(micro or per_rank, per_rank)
         for kind in sizes:
-            if batch % world or share % micro or micro % views[kind]:
+            if batch % world or per_rank % micro or micro % views[kind]:
                 raise ValueError(
                     f"a batch of {batch} views does not divide into {world} processes x "
                     f"micro-batches of {micro} views x {views[kind]} views of one file ({kind}): "
                     "choose --batch-size and --micro-batch so that it does"
                 )
-        self.rank, self.world, self.micro, self.accumulate = rank, world, micro, share // micro
+        self.rank, self.world, self.micro, self.accumulate = rank, world, micro, per_rank // micro
 
     def at(self, step: int) -> tuple[int, str, int]:
         """A step's epoch, its kind, and how many steps of that kind the epoch had before."""
@@ -261,12 +261,12 @@ class Run:
                 model.register_comm_hook(None, bf16_compress_hook)
         return model
 
-    def begin(self, total: int, rate: float) -> None:
-        """The loop of `total` steps begins, on devices of `rate` FLOP/s. From now on SIGINT and SIGTERM
+    def begin(self, total: int, peak: float) -> None:
+        """The loop of `total` steps begins, on devices of `peak` FLOP/s. From now on SIGINT and SIGTERM
         finish the step, save and exit."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(self, "signalled", True))
-        self.total, self.rate, self.first, self.began = total, rate, self.step, time.monotonic()
+        self.total, self.peak, self.first, self.began = total, peak, self.step, time.monotonic()
         self.begin_window()
 
     # The folder
@@ -351,7 +351,7 @@ class Run:
         line = {
             "step": self.step, "epoch": epoch, "kind": kind, "loss": loss, "lr": lr,
             "unreadable": self.unreadable, "views_per_second": self.views / seconds,
-            "data_wait": self.waited / seconds, "utilisation": self.work / seconds / self.rate,
+            "data_wait": self.waited / seconds, "utilisation": self.work / seconds / self.peak,
             "memory_gb": memory_gb(self.device),
         }  # fmt: skip
         self.log(**line)
@@ -671,26 +671,26 @@ def benchmark(kind: str, steps: Steps, cfg, run: Run, dataset: Views, update) ->
     steps.total = sys.maxsize  # however fast it is
     pixels, visible, _ = collate([dataset[sample] for sample in next(iter(steps))])
     batch = torch.randint_like(pixels, 256).to(run.device), visible.to(run.device), []
-    flops, rate = count_flops(cfg, kind), matmul_rate(run, 2048)
+    flops, peak = count_flops(cfg, kind), matmul_rate(run, 2048)
     seconds = {"model": timed(lambda: update(itertools.repeat(batch), steps.accumulate), run)}
-    rate = (rate + matmul_rate(run, 2048)) / 2
+    peak = (peak + matmul_rate(run, 2048)) / 2
     loader = iter(make_loader(dataset, steps, run.workers, run.device, collate))
     ready = 2 * run.workers + 1  # batches that workers make ahead
     seconds["loader"] = timed(lambda: [next(loader) for _ in range(steps.accumulate)], run, ready)
     seconds["both"] = timed(lambda: update(loader, steps.accumulate), run)
     cores = max(1, run.workers) * run.world * seconds["loader"] / seconds["model"]
     memory = memory_gb(run.device)
-    figures = {"flops_per_view": flops, "matmul_flops": rate, "memory_gb": memory, "cores": cores}
+    figures = {"flops_per_view": flops, "matmul_flops": peak, "memory_gb": memory, "cores": cores}
     for part, took in seconds.items():
         views = steps.batch / took
         shown = f"{kind:8}{part:8}{1000 * took:12,.1f}{views:12,.1f}"
         figures[part] = {"ms": 1000 * took, "views_per_second": views}
         if part != "loader":
-            figures[part] |= {"flops": views * flops, "of_matmul": views * flops / rate}
-            shown += f"{views * flops / 1e12:12.3f}{views * flops / rate:12.0%}"
+            figures[part] |= {"flops": views * flops, "of_matmul": views * flops / peak}
+            shown += f"{views * flops / 1e12:12.3f}{views * flops / peak:12.0%}"
         run.print(shown)
     run.print(
-        f"        {flops / 1e9:.2f} GFLOP/view; matrix products {rate / 1e12:.3f} TFLOP/s; peak memory "
+        f"        {flops / 1e9:.2f} GFLOP/view; matrix products {peak / 1e12:.3f} TFLOP/s; peak memory "
         f"{memory:.2f} GB; a loader that keeps up needs {cores:.2f} cores"
     )
     return figures
@@ -747,11 +747,11 @@ def main(args: argparse.Namespace) -> None:
         if args.json:
             run.print(json.dumps(report))
         return
-    rate = matmul_rate(run)
+    peak = matmul_rate(run)
     flops = {kind: count_flops(model.cfg, kind) for kind in sizes}
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
-        f"{run.world} x {run.device.type} at {rate / 1e12:.2f} TFLOP/s in matrix products, "
+        f"{run.world} x {run.device.type} at {peak / 1e12:.2f} TFLOP/s in matrix products, "
         f"{run.workers} loader workers\n{' and '.join(f'{n:,} {kind}' for kind, n in sizes.items())}: "
         f"{steps.total:,} steps of {args.batch_size} views in {args.epochs} epochs; see {run.out}/"
     )
@@ -759,7 +759,7 @@ def main(args: argparse.Namespace) -> None:
     held_out = held_out_batches(cfg, sources, args.seed, args.mask) if run.rank == 0 else {}
     steps.start = run.step
     batches = iter(make_loader(dataset, steps, run.workers, run.device, collate))
-    run.begin(steps.total, rate)
+    run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch, kind, _ = steps.at(run.step)
         lr = learning_rate(run.step, steps.total, args.lr)
