@@ -619,7 +619,7 @@ class Listing(NamedTuple):
 
 
 def read_labels(path: str | os.PathLike) -> list[str]:
-    """The class names of a labels.json, in the order of their numbers; ValueError for another."""
+    """The class names of a labels.json, in the order of their numbers; else ValueError."""
     with _errors_name(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
         number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
         if sorted(number.values()) != list(range(len(number))):

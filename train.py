@@ -556,7 +556,7 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     """What pretraining and finetuning have in common."""
     add = option_group(parser, "machine: speed and memory")
     device_options(add)
-    add("--micro-batch", "views at once on a device (default: all of its share of the batch; in pretraining demo model: 32, demo data: 16)", type=positive)
+    add("--micro-batch", "views at once on a device (default: all of its share of the batch; in pretraining without --batch-size, demo model: 32, demo data: 16)", type=positive)
     add("--compile", "torch.compile the model", action="store_true")
     add("--checkpoint-activations", "compute activations twice: less memory", action="store_true")
     add("--compress-gradients", "send gradients as bfloat16", action="store_true")
