@@ -187,9 +187,11 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run
     )
     published = PUBLISHED.get(args.checkpoint)
     num_views = 1 if kind == "images" else math.prod(args.views)
+    each = "1 view of each" if num_views == 1 else f"{num_views} views of each"
+    if not omnimae.has_validation(root, kind):
+        each += "; every tenth file, as it has no validation part"
     run.print(
-        f"{args.checkpoint} on {root}: {len(listing.paths):,} {kind}, {num_views} view{'s' * (num_views > 1)} of each"
-        f"{'' if omnimae.has_validation(root, kind) else '; every tenth file, as it has no validation part'}\n"
+        f"{args.checkpoint} on {root}: {len(listing.paths):,} {kind}, {each}\n"
         f"top-1 {top1:.2f} %{f' (published: {published} %)' if published else ''}\n"
         f"top-5 {top5:.2f} %{f', {unreadable} unreadable counted as wrong' if unreadable else ''}"
     )

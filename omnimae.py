@@ -503,8 +503,9 @@ def _fetch(name: str) -> Path:
     if "://" not in url:
         known = did_you_mean(name, CHECKPOINTS) or f" ({', '.join(CHECKPOINTS)})"
         raise ValueError(f"{name}: no such file, and not a released checkpoint{known}")
-    known, whole = url in CHECKPOINTS.values(), url.split("://")[1].replace("/", "_")
-    file = url.rsplit("/", 1)[-1] if known else whole  # others may all be called last.pt
+    file = url.rsplit("/", 1)[-1]
+    if url not in CHECKPOINTS.values():  # others may all be called last.pt
+        file = url.split("://")[1].replace("/", "_")
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not path.exists():
         try:
@@ -644,7 +645,7 @@ def _list_ssv2(root: Path, split: str) -> Listing:
 
 def has_validation(root: str | os.PathLike, kind: str) -> bool:
     """Whether a data set has a validation part of its own."""
-    own = ("val", "validation", *["labels/labels.json"] * (kind == "videos"))
+    own = ("val", "validation", "labels/labels.json")[: 3 if kind == "videos" else 2]
     return any((Path(root) / name).exists() for name in own)
 
 

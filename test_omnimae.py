@@ -602,6 +602,9 @@ def test_a_broken_image_is_a_value_error_with_its_name(tmp_path):
             omnimae.read_image(tmp_path / name)
     with pytest.raises(ValueError, match="gone.jpg"):
         omnimae.read_image(tmp_path / "gone.jpg")
+    PIL.Image.fromarray(np.full((40, 60), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="float.tif.*its pixels are floats: expected 8 or 16 bit"):
+        omnimae.read_image(tmp_path / "float.tif")
 
 
 def numbered(num: int) -> np.ndarray:
@@ -982,8 +985,22 @@ def test_the_benchmark_times_model_loader_and_both(pretrain, tmp_path, capsys):
         for part in ("model", "both"):
             work = figures[part]["views_per_second"] * figures["flops_per_view"]
             assert figures[part]["of_matmul"] == pytest.approx(work / figures["matmul_flops"])
+            assert 0 < figures[part]["of_matmul"] < 1
         loader, model = (figures[part]["views_per_second"] for part in ("loader", "model"))
         assert figures["cores"] == pytest.approx(model / loader)  # without workers: one core
+
+
+def test_held_out_views_take_the_runs_masks_and_name_broken_files(demo, tmp_path, capsys):
+    shutil.copytree(demo, tmp_path / "demo")
+    broken = min((tmp_path / "demo" / "images" / "val").rglob("*.JPEG"))
+    broken.write_text("no picture")
+    sources = {kind: tmp_path / "demo" / kind for kind in train.KINDS}
+    cfg = MODELS["demo"]
+    batches = train.held_out_batches(cfg, sources, 0, "tube")
+    _, visible, _ = batches["videos"]  # (B, V)
+    slots = visible.unflatten(1, (cfg.grid[0], -1)) % math.prod(cfg.grid[1:])
+    assert (slots == slots[:, :1]).all()  # the same places at all times
+    assert f"{broken}: cannot be read" in capsys.readouterr().err
 
 
 def test_init_starts_from_a_checkpoint(pretrain, tmp_path):
