@@ -27,8 +27,8 @@ from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
+import engine
 import omnimae
-import train
 
 PUBLISHED = {  # top-1 of the released checkpoints, % (github.com/facebookresearch/omnivore)
     "vit_b_in1k": 83.0, "vit_l_in1k": 85.1, "vit_h_in1k": 86.5,
@@ -130,7 +130,7 @@ def accuracy(
     model: omnimae.Classifier,
     kind: str,
     listing: omnimae.Listing,
-    run: train.Run,
+    run: engine.Run,
     views: tuple[int, int],
     batch_size: int = 64,
 ) -> tuple[float, float, int, torch.Tensor, torch.Tensor]:
@@ -146,7 +146,7 @@ def accuracy(
     size = max(1, batch_size // (num_clips * num_crops))
     files = Files(listing.paths, kind, model.cfg, num_clips)
     # the loader gives one file at a time: a clip in its own size can be large
-    loader = train.make_loader(files, [[i] for i in mine], run.workers, run.device, itemgetter(0))
+    loader = engine.make_loader(files, [[i] for i in mine], run.workers, run.device, itemgetter(0))
     index, x = [], []
     model.eval()
     for i, pixels, error in loader:
@@ -171,11 +171,11 @@ def accuracy(
     return top1, top5, int((~readable).sum()), best, probability
 
 
-def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run) -> None:
+def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: engine.Run) -> None:
     """Print the accuracy on a data set's validation part."""
     kind = "images" if args.images else "videos"
     root = getattr(args, kind)
-    root = train.demo_data(kind, run) if root == "demo" else root
+    root = engine.demo_data(kind, run) if root == "demo" else root
     listing = list_labelled(root, kind, "val", model.classes)
     if len(listing.classes) != model.head.out_features:
         raise ValueError(
@@ -231,7 +231,7 @@ def class_names(model: omnimae.Classifier, labels: str | None) -> list[str]:
 
 
 @torch.no_grad()
-def predict(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run) -> None:
+def predict(model: omnimae.Classifier, args: argparse.Namespace, run: engine.Run) -> None:
     """Print the five best labels of each file."""
     names = class_names(model, args.labels)
     for path in args.files:
@@ -245,15 +245,16 @@ def predict(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run)
 
 
 @torch.no_grad()
-def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run) -> None:
+def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: engine.Run) -> None:
     """Draw of each file the original, what the encoder sees, and the reconstruction."""
-    cfg, out = model.cfg, Path(args.out)
+    cfg, out = model.cfg, Path(args.out or "reconstructions")
     for number, path in enumerate(args.files):
         kind = kind_of(path)
         x = crop_views(read_views(path, kind, cfg, 1).to(run.device), cfg.image_size, 1)
         grid, ratio = cfg.masking(kind)
         generator = torch.Generator().manual_seed(args.seed)
-        mask = omnimae.random_mask(1, grid, args.mask_ratio or ratio, generator=generator)
+        ratio = ratio if args.mask_ratio is None else args.mask_ratio
+        mask = omnimae.random_mask(1, grid, ratio, generator=generator)
         with run.autocast:
             picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(run.device))
         out.mkdir(parents=True, exist_ok=True)
@@ -287,22 +288,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="%(prog)s --checkpoint NAME (--images DIR | --videos DIR | FILE [FILE ...]) ...",
     )
     # fmt: off
-    add = train.option_group(parser, "model and data: a data set or files")
+    add = engine.option_group(parser, "model and data: a data set or files")
     add("--checkpoint", f"path, URL, or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
     add("--images", "folder of images, or 'demo'", metavar="DIR")
     add("--videos", "folder of videos, or 'demo'", metavar="DIR")
     add("files", "images and videos in any mix", nargs="*", metavar="FILE")
-    add = train.option_group(parser, "accuracy and labels")
-    add("--views", "of a video: clips x crops, 1 or 3 crops", type=clips_x_crops, default="5x3", metavar="CxK")
+    add = engine.option_group(parser, "accuracy and labels")
+    add("--views", "of a video: clips x crops, 1 or 3 crops (default: 5x3)", type=clips_x_crops, metavar="CxK")
     add("--predictions", "write each file's label and five best to this .csv", metavar="FILE")
     add("--labels", "class names, as SSv2's labels.json (default: IN1k's or the checkpoint's)", metavar="FILE")
-    add = train.option_group(parser, "reconstructions")
-    add("--mask-ratio", "share masked (default: the checkpoint's)", type=train.share)
-    add("--seed", "of the mask", type=train.whole, default=0)
-    add("--out", "folder for the pictures", default="reconstructions", metavar="DIR")
-    add = train.option_group(parser, "machine")
-    train.device_options(add)
-    add("--batch-size", "views at once on a device, at least one file's", type=train.positive, default=64)
+    add = engine.option_group(parser, "reconstructions")
+    add("--mask-ratio", "share masked (default: the checkpoint's)", type=engine.share)
+    add("--seed", "of the mask (default: 0)", type=engine.whole)
+    add("--out", "folder for the pictures (default: reconstructions)", metavar="DIR")
+    add = engine.option_group(parser, "machine")
+    engine.device_options(add)
+    add("--batch-size", "views at once on a device, at least one file's", type=engine.positive, default=64)
     # fmt: on
     args = parser.parse_args(argv)
     if bool(args.images) + bool(args.videos) + bool(args.files) != 1:
@@ -322,19 +323,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     model = omnimae.load_checkpoint(args.checkpoint)
-    args.model, args.save_minutes = train.size_name(model.cfg), math.inf  # what a Run asks for
+    args.model, args.save_minutes = engine.size_name(model.cfg), math.inf  # what a Run asks for
     pretrained = isinstance(model, omnimae.OmniMAE)
     if pretrained and not args.files:
         raise ValueError(
             f"{args.checkpoint} is a pretraining checkpoint, which has no classes: expected a "
             "finetuned one, such as vit_b_in1k, vit_b_ssv2 or what finetune.py makes of this one"
         )
-    if args.mask_ratio and not pretrained:
-        raise ValueError(
-            f"{args.checkpoint} is a finetuned checkpoint, which has no decoder to reconstruct "
-            "with: expected a pretraining one, such as vit_b_pretrain"
-        )
-    run = train.Run(args)
+    for option in ("views", "labels") if pretrained else ("mask_ratio", "seed", "out"):
+        if getattr(args, option) is not None:
+            raise ValueError(
+                f"{args.checkpoint} is a {'pretraining' if pretrained else 'finetuned'} checkpoint, "
+                f"which makes {'no labels' if pretrained else 'no reconstructions'}: expected one "
+                f"that does, or no --{option.replace('_', '-')}"
+            )
+    args.views, args.seed = args.views or (5, 3), args.seed or 0
+    run = engine.Run(args)
     model.to(run.device)
     if not args.files:
         evaluate(model, args, run)
@@ -343,4 +347,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    train.run_script(main, parse_args)
+    engine.run_script(main, parse_args)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+import engine
 import omnimae
 import train
 from eval import accuracy, list_labelled
@@ -175,24 +176,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="torchrun [--nproc_per_node N] %(prog)s --checkpoint NAME (--images DIR | --videos DIR) ...",
     )
     # fmt: off
-    add = train.option_group(parser, "model and data")
+    add = engine.option_group(parser, "model and data")
     add("--checkpoint", f"path, URL, 'scratch', or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
-    add("--model", "the size, for --checkpoint scratch only", type=train.model_name, choices=list(omnimae.MODELS))
+    add("--model", "the size, for --checkpoint scratch only", type=engine.model_name, choices=list(omnimae.MODELS))
     add("--images", "labelled images, or 'demo': the recipe of ImageNet-1k; demo model or data have their own", metavar="DIR")
     add("--videos", "labelled videos, or 'demo': the recipe of Something-Something v2; the demo's likewise", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL_images or runs/MODEL_videos)", metavar="DIR")
-    add = train.option_group(parser, "recipe: defaults are the released ones for ViT-B, MAE's on ImageNet for ViT-L and ViT-H")
-    add("--epochs", shown("epochs"), type=train.positive)
-    add("--batch-size", "over all processes " + shown("batch_size"), type=train.positive)
-    add("--lr", f"peak learning rate, by default in proportion to the batch size {shown('lr')}", type=float)
-    add("--weight-decay", "not on biases and LayerNorm " + shown("weight_decay"), type=float)
-    add("--layer-decay", "of the rate, from layer to layer " + shown("layer_decay"), type=float)
-    add("--drop-path", shown("drop_path"), type=float)
+    add = engine.option_group(parser, "recipe: defaults are the released ones for ViT-B, MAE's on ImageNet for ViT-L and ViT-H")
+    add("--epochs", shown("epochs"), type=engine.positive)
+    add("--batch-size", "over all processes " + shown("batch_size"), type=engine.positive)
+    add("--lr", f"peak learning rate, by default in proportion to the batch size {shown('lr')}", type=engine.amount)
+    add("--weight-decay", "not on biases and LayerNorm " + shown("weight_decay"), type=engine.amount)
+    add("--layer-decay", "of the rate, from layer to layer " + shown("layer_decay"), type=engine.amount)
+    add("--drop-path", shown("drop_path"), type=engine.share)
     add("--augment", "full: crop of 8 to 100 %% of the area, flip (images), RandAugment, erasing, MixUp or CutMix; crop: of 50 to 100 %%, flip (images) " + shown("augment"), choices=["full", "crop"])
     add("--freeze", "train norm and head only, without drop path", action="store_true")
-    add("--seed", "of everything random", type=train.whole, default=0)
+    add("--seed", "of everything random", type=engine.whole, default=0)
     # fmt: on
-    train.machine_options(parser)
+    engine.machine_options(parser)
     args = parser.parse_args(argv)
     if bool(args.images) == bool(args.videos):
         parser.error("expected one of --images DIR and --videos DIR")
@@ -217,13 +218,13 @@ def fill_in(args: argparse.Namespace, kind: str) -> None:
 def main(args: argparse.Namespace) -> None:
     kind = "images" if args.images else "videos"
     start = None if args.checkpoint == "scratch" else omnimae.load_checkpoint(args.checkpoint)
-    args.model = train.size_name(start.cfg) if start else args.model
+    args.model = engine.size_name(start.cfg) if start else args.model
     fill_in(args, kind)
-    run = train.Run(args)
+    run = engine.Run(args)
 
     # The data
     root = getattr(args, kind)
-    root = train.demo_data(kind, run) if root == "demo" else root
+    root = engine.demo_data(kind, run) if root == "demo" else root
     listing = list_labelled(root, kind, "train")
     held_out = list_labelled(root, kind, "val", listing.classes)
     num, classes = len(listing.paths), listing.classes
@@ -238,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = start.cfg if start else omnimae.MODELS[args.model]
     model = build(args, kind, cfg, classes, start).to(run.device)
     groups = parameter_groups(model, args.layer_decay, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     last = run.open(args, {kind: num, "classes": len(classes)}, model, optimizer)
     if last.get("classes", classes) != classes:
         raise ValueError(f"{run.out} is of a run on other classes: choose another --out")
@@ -251,17 +252,8 @@ def main(args: argparse.Namespace) -> None:
         v2.CutMix(alpha=CUTMIX, num_classes=len(classes)),
     ])  # fmt: skip
 
-    def loss_of(pixels, labels, boxes):
-        x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W)
-        if args.augment == "full":
-            x = erase(x, boxes)
-            x = tv_tensors.Video(x) if x.ndim == 5 else x  # so that MixUp and CutMix take clips
-            x, labels = mix(x, labels)  # labels (B, classes)
-        logits = parallel(x.as_subclass(torch.Tensor))  # (B, classes)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-
-    peak = train.matmul_rate(run)
-    flops = train.count_flops(cfg, kind, len(classes)) / (3 if args.freeze else 1)  # forward only
+    peak = engine.matmul_rate(run)
+    flops = engine.count_flops(cfg, kind, len(classes)) / (3 if args.freeze else 1)  # forward only
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
         f"{run.world} x {run.device.type}\n{num:,} {kind} of {len(classes)} classes: "
@@ -270,7 +262,7 @@ def main(args: argparse.Namespace) -> None:
 
     steps.start = run.step
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
-    batches = iter(train.make_loader(dataset, steps, run.workers, run.device, collate))
+    batches = iter(engine.make_loader(dataset, steps, run.workers, run.device, collate))
     run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch = run.step // epoch_steps
@@ -278,13 +270,29 @@ def main(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         model.train()
-        loss = run.update(loss_of, parallel, optimizer, batches, steps.accumulate)
+        total = torch.zeros((), device=run.device)
+        for pixels, labels, boxes in run.micro_batches(batches, steps.accumulate, parallel):
+            x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W)
+            if args.augment == "full":
+                x = erase(x, boxes)
+                x = tv_tensors.Video(x) if x.ndim == 5 else x  # so that MixUp and CutMix take clips
+                x, labels = mix(x, labels)  # labels (B, classes)
+            with run.autocast:
+                logits = parallel(x.as_subclass(torch.Tensor))  # (B, classes)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+                loss = loss / steps.accumulate
+            run.scaler.scale(loss).backward()
+            total += loss.detach()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+        run.step += 1
         run.views += args.batch_size
         run.work += args.batch_size * flops
 
         epoch_ends = run.step % epoch_steps == 0
         log_now = run.step == 1 or run.step % args.log_every == 0 or epoch_ends
-        mean = run.agree(loss, args.batch_size, log_now)
+        mean = run.agree(total, args.batch_size, log_now)
         if log_now:
             run.report(epoch, kind, mean, lr)
         if epoch_ends:  # one view of each, for speed: eval.py has the whole protocol
@@ -304,4 +312,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    train.run_script(main, parse_args)
+    engine.run_script(main, parse_args)

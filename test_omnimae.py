@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import engine
 import eval as evaluation
 import finetune
 import omnimae
@@ -930,16 +931,15 @@ def test_processes_accumulation_and_workers_change_nothing(pretrain, demo, tmp_p
 
 def test_a_stopped_run_goes_on_to_the_same_bits(pretrain, monkeypatch):
     whole = pretrain(out="whole")
-    update = train.Run.update
+    agree = engine.Run.agree
     for stop_after in (1, 3):
 
         def stopped(run, *args, after=stop_after):
-            loss = update(run, *args)
             if run.step == after:
                 os.kill(os.getpid(), signal.SIGTERM)  # as a cluster's scheduler does
-            return loss
+            return agree(run, *args)
 
-        monkeypatch.setattr(train.Run, "update", stopped)
+        monkeypatch.setattr(engine.Run, "agree", stopped)
         assert omnimae.read_checkpoint(pretrain(out="stopped") / "last.pt")["step"] == stop_after
     monkeypatch.undo()
     stopped = pretrain(out="stopped")
@@ -976,7 +976,7 @@ def test_the_benchmark_times_model_loader_and_both(pretrain, tmp_path, capsys):
     report = json.loads(line)
     for kind in train.KINDS:
         figures = report[kind]
-        assert figures["flops_per_view"] == train.count_flops(omnimae.MODELS["demo"], kind)
+        assert figures["flops_per_view"] == engine.count_flops(omnimae.MODELS["demo"], kind)
         assert 0 < figures["memory_gb"] < 100
         for part in ("model", "loader", "both"):
             took = figures[part]
@@ -1088,9 +1088,12 @@ def test_another_runs_folder_is_refused(pretrain):
         (("--device", "cuda"), "has no GPU: PyTorch sees 0"),
         (("--model", "vit-B"), "'vit-B': none of vit_b, vit_l, vit_h, demo: did you mean vit_b?"),
         (("--model", "resnet"), "'resnet': none of vit_b, vit_l, vit_h, demo\n"),
-        (("--image-mask-ratio", "1.5"), "--image-mask-ratio: '1.5': expected a share"),
-        (("--image-mask-ratio", "many"), "--image-mask-ratio: 'many': expected a share"),
+        (("--image-mask-ratio", "1.5"), "'1.5': expected a number, 0 or more, less than 1"),
+        (("--image-mask-ratio", "many"), "'many': expected a number, 0 or more, less than 1"),
         (("--image-mask-ratio", "0.001"), "ratio of 0.001 masks 0 of 36 patches: expected some"),
+        (("--video-mask-ratio", "0"), "ratio of 0.0 masks 0 of 144 patches: expected some"),
+        (("--lr", "nan"), "--lr: 'nan': expected a number, 0 or more"),
+        (("--save-minutes", "-1"), "--save-minutes: '-1': expected a number, 0 or more"),
         (("--seed", "-1"), "--seed: '-1': expected a whole number, 0 or more"),
         (("--out", "file"), "--out file is a file: expected a folder"),
         (("--epochs", "0"), "--epochs: '0': expected a whole number, 1 or more"),
@@ -1278,24 +1281,22 @@ def test_a_finetuned_run_stopped_or_killed_goes_on_to_the_same_bits(
     data = (f"--{kind}", demo / kind)
     options = ("--augment", "full", "--drop-path", 0.3, "--micro-batch", 8)  # all that is random
     whole = finetuning(*options, data=data, out="whole")
-    update = train.Run.update
+    agree = engine.Run.agree
 
     def stopped(run, *args):
-        loss = update(run, *args)
         if run.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss
+        return agree(run, *args)
 
     def killed(run, *args):
-        loss = update(run, *args)
         if run.step == (5 if kind == "images" else 3):
             raise ZeroDivisionError
-        return loss
+        return agree(run, *args)
 
-    monkeypatch.setattr(train.Run, "update", stopped)
+    monkeypatch.setattr(engine.Run, "agree", stopped)
     part = finetuning(*options, data=data, out="part")
     assert omnimae.read_checkpoint(part / "last.pt")["step"] == 1
-    monkeypatch.setattr(train.Run, "update", killed)
+    monkeypatch.setattr(engine.Run, "agree", killed)
     with pytest.raises(ZeroDivisionError):
         finetuning(*options, data=data, out="part")
     assert not (part / "last.pt.tmp").exists()
@@ -1612,7 +1613,8 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
             shutil.copy(image, tmp_path / "mine" / part / name)
     for options, words in (
         (("--checkpoint", pretrained, "--images", images), "is a pretraining checkpoint.*expected a finetuned one, such as vit_b_in1k"),
-        (("--checkpoint", tuned, "--mask-ratio", 0.5, image), "finetuned checkpoint, which has no decoder.*such as vit_b_pretrain"),
+        (("--checkpoint", tuned, "--mask-ratio", 0.5, image), "finetuned checkpoint, which makes no reconstructions.*or no --mask-ratio"),
+        (("--checkpoint", pretrained, "--views", "5x3", image), "pretraining checkpoint, which makes no labels.*or no --views"),
         (("--checkpoint", tuned, "--videos", videos), r"lacks \['circle', .*expected the same classes, or a checkpoint"),
         (("--checkpoint", tmp_path / "ten.torch", "--images", images), "ten.torch has 10 classes, .*images has 8: expected a checkpoint"),
         (("--checkpoint", tmp_path / "ten.torch", "--labels", labels, image), "labels.json has 8 classes, the checkpoint has 10"),
@@ -2020,14 +2022,14 @@ def file_size_limit(size: int):
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     state = {str(i): torch.full((10_000,), float(i)) for i in range(50)}
-    train.replace_file(path, lambda file: torch.save({"kept": torch.ones(3)}, file))
+    engine.replace_file(path, lambda file: torch.save({"kept": torch.ones(3)}, file))
     before = path.read_bytes()
     for size in (0, 10, 30_000, 100_000, 1_000_000, 1_999_999):
         with (
             file_size_limit(size),
             pytest.raises(OSError, match=r"last.pt cannot be written.*File too large") as error,
         ):
-            train.replace_file(path, lambda file: torch.save(state, file))
+            engine.replace_file(path, lambda file: torch.save(state, file))
         assert "\n" not in str(error.value)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
