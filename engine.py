@@ -1,5 +1,7 @@
-"""What the scripts share: a run among torchrun's processes, its folder and the parts of its loop, the
-loader, the measure of the hardware, and options. Nothing here is the method.
+"""What the scripts share, and what is not the method: random numbers and the loader; a run among
+torchrun's processes, its folder and the parts of its loop; what the hardware does; options.
+
+The loops themselves are in `main` of train.py and finetune.py.
 """
 
 import argparse
