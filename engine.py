@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import statistics
@@ -69,7 +70,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         names = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")
-        self.rank, self.world, self.local, near = (int(os.environ.get(*name)) for name in names)
+        self.rank, self.world, self.local, local_world = (int(os.environ.get(*x)) for x in names)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device, self.local if device == "cuda" else None)
         if device == "cuda":
@@ -83,12 +84,12 @@ class Run:
             # torchrun restarts processes on the same store: without a prefix they could find there the
             # addresses of those before. Several machines do not count restarts alike.
             store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == near:
+            if self.world == local_world:
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-        cores = len(os.sched_getaffinity(0)) // near
+        cores = len(os.sched_getaffinity(0)) // local_world
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
 
         self.dtype = choose_dtype(args.dtype, self.device, args.model)
@@ -98,7 +99,9 @@ class Run:
         self.seed = args.seed
         self.step = self.read = self.unreadable = 0  # saved with the model
         self.signalled = self.stop = self.due = False  # a signal came; all ranks stop; time to save
-        self.lost, self.named, self.losses = 0, set(), []
+        self.lost = 0  # files that could not be read since the ranks last agreed
+        self.named = set()  # messages that were printed
+        self.losses = []  # not looked at yet
         self.save_seconds, self.saved = args.save_minutes * 60, time.monotonic()
         self.begin_window()
 
@@ -114,8 +117,8 @@ class Run:
     def parallel(self, model: torch.nn.Module, compress: bool = False) -> torch.nn.Module:
         """The model as all ranks train it together."""
         if self.world > 1:
-            how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-            model = DistributedDataParallel(model, **how)
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            model.broadcast_buffers = False  # they are constants
             if compress:
                 model.register_comm_hook(None, bf16_compress_hook)
         return model
@@ -130,10 +133,10 @@ class Run:
 
     # The folder
 
-    def open(self, args: argparse.Namespace, sizes: dict, model, optimizer) -> dict:
+    def open(self, args: argparse.Namespace, data: dict, model, optimizer) -> dict:
         """Make the folder this process's own, and go on from `last.pt`, if it is there, whose content
-        it returns. It must be of a run on as many files and with the same options, except those in
-        RESUMABLE."""
+        it returns. It must be of a run on data with the same counts and with the same options, except
+        those in RESUMABLE."""
         self.out = Path(args.out)
         if self.out.is_file():
             raise ValueError(f"--out {self.out} is a file: expected a folder")
@@ -142,12 +145,14 @@ class Run:
             self.lock = open(self.out / "args.json", "a")  # noqa: SIM115 (held until the process ends)
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise ValueError(
                     f"another run is writing to {self.out}: choose another --out"
                 ) from None
+            except OSError:
+                pass  # a file system without locks
         self.settings = {key: value for key, value in vars(args).items() if key not in RESUMABLE}
-        self.settings |= {"files": sizes, "precision": str(self.dtype)}
+        self.settings |= {"data": data, "precision": str(self.dtype)}
         log, path = self.out / "log.jsonl", self.out / "last.pt"
         lines, file = [], {}
         if path.exists():
@@ -225,8 +230,8 @@ class Run:
         self.begin_window()
 
     def micro_batches(self, batches: Iterator, accumulate: int, model) -> Iterator[list]:
-        """The tensors of a step's micro-batches, on the device. Gradients go round the ranks with
-        the last one's backward pass."""
+        """The tensors of a step's micro-batches, on the device. Gradients are averaged over the ranks
+        during the last one's backward pass."""
         for micro in range(1, accumulate + 1):
             before = time.monotonic()
             *batch, broken = next(batches)
@@ -302,7 +307,11 @@ def demo_data(kind: str, run: Run) -> str:
     root = Path("demo_data")
     if run.rank == 0 and not root.exists():
         print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
-        omnimae.write_demo_data(root)
+        try:
+            omnimae.write_demo_data(root)
+        except OSError:
+            if not root.exists():  # no other run wrote it meanwhile
+                raise
     run.sum(0)  # the others wait
     return str(root / kind)
 
@@ -374,6 +383,7 @@ def time_parts(steps, run: Run, dataset: Dataset, collate, update) -> tuple[dict
 def benchmark(args, run: Run, cfg, batches: dict, dataset: Dataset, collate, update) -> None:
     """Time steps of each kind of `batches` and print a table; with --json also a line of JSON."""
     report = {key: vars(args)[key] for key in ("model", "batch_size", "micro_batch", "compile")}
+    report["micro_batch"] = next(iter(batches.values())).micro
     report |= {"device": f"{run.world} x {run.device.type}", "dtype": str(run.dtype)}
     report |= {"workers": run.workers, "torch": torch.__version__}
     run.print(", ".join(f"{key} {value}" for key, value in report.items()))
@@ -409,16 +419,16 @@ def benchmark(args, run: Run, cfg, batches: dict, dataset: Dataset, collate, upd
 # Options, and how a script ends
 
 
-def number(kind: type, least: int, below: int = 2**63) -> Callable[[str], float]:
-    """An option's type: numbers of a kind, from `least` to less than `below`."""
+def number(of: type, least: int, below: int = 2**63) -> Callable[[str], float]:
+    """An option's type: whole numbers, or any, from `least` to less than `below`."""
 
     def parse(text: str) -> float:
         try:
-            value = kind(text)
+            value = of(text)
         except ValueError:
             value = math.nan
         if not least <= value < below:
-            what = "whole number" if kind is int else "number"
+            what = "whole number" if of is int else "number"
             most = f", less than {below}" if below == 1 else ""
             raise argparse.ArgumentTypeError(f"{text!r}: expected a {what}, {least} or more{most}")
         return value
@@ -439,6 +449,13 @@ def model_name(text: str) -> str:
         near = omnimae.did_you_mean(text, omnimae.MODELS)
         raise argparse.ArgumentTypeError(f"{text!r}: none of {', '.join(omnimae.MODELS)}{near}")
     return text
+
+
+def option_parser(description: str, usage: str) -> argparse.ArgumentParser:
+    def form(prog):
+        return argparse.HelpFormatter(prog, max_help_position=27, width=100)
+
+    return argparse.ArgumentParser(description=description, usage=usage, formatter_class=form)
 
 
 def option_group(parser: argparse.ArgumentParser, title: str):
@@ -464,7 +481,7 @@ def device_options(add) -> None:
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
     """What pretraining and finetuning have in common."""
-    add = option_group(parser, "machine: speed and memory")
+    add = option_group(parser, "machine (speed and memory)")
     device_options(add)
     add("--micro-batch", "views at once on a device (default: all of its share of the batch; in pretraining without --batch-size, demo model: 32, demo data: 16)", type=positive)
     add("--compile", "torch.compile the model", action="store_true")
@@ -486,6 +503,15 @@ def run_script(main, parse_args) -> None:
         hint = hint if isinstance(error, FloatingPointError) else ""
         reason = str(error).rsplit("ValueError: ", 1)[-1].strip()  # a worker's comes as a traceback
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}{hint}")
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search(
+            "(out of|allocate) memory", str(error)
+        ):
+            raise
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: out of memory: try a smaller --micro-batch (eval.py: "
+            "--batch-size), then --checkpoint-activations"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
     finally:  # loader workers are deaf to the signal with which Python would end them

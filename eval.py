@@ -71,7 +71,7 @@ def list_labelled(
     return omnimae.Listing(paths, [number[label] for label in labels], classes)
 
 
-def read_views(path: str, kind: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> torch.Tensor:
+def read_pixels(path: str, kind: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> torch.Tensor:
     """uint8. An image (3, S, S): the short side resized to S by PIL, bicubic with antialiasing,
     and the centre cropped. A video (clips, T, 3, H, W): clips of 2.7 s, the i-th of n
     starting at i / n of the last possible start."""
@@ -87,7 +87,7 @@ def read_views(path: str, kind: str, cfg: omnimae.OmniMAEConfig, num_clips: int)
 
 
 def crop_views(pixels: torch.Tensor, size: int, num_crops: int) -> torch.Tensor:
-    """What `read_views` gives, on the device -> normalised, (1, 3, S, S) or (views, 3, T, S, S).
+    """What `read_pixels` gives, on the device -> normalised, (1, 3, S, S) or (views, 3, T, S, S).
 
     A clip's short side is resized, bilinear without antialiasing; of the long one come the start,
     the centre and the end, or the centre alone.
@@ -115,7 +115,7 @@ class Files(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         try:
-            return index, read_views(os.fsdecode(self.paths[index]), *self.how), None
+            return index, read_pixels(os.fsdecode(self.paths[index]), *self.how), None
         except ValueError as error:
             return index, None, str(error)
 
@@ -235,7 +235,7 @@ def predict(model: omnimae.Classifier, args: argparse.Namespace, run: engine.Run
     """Print the five best labels of each file."""
     names = class_names(model, args.labels)
     for path in args.files:
-        pixels = read_views(path, kind_of(path), model.cfg, args.views[0]).to(run.device)
+        pixels = read_pixels(path, kind_of(path), model.cfg, args.views[0]).to(run.device)
         with run.autocast:
             logits = model(crop_views(pixels, model.cfg.image_size, args.views[1]))
         values, order = logits.float().mean(0).softmax(0).topk(min(5, len(names)))
@@ -250,7 +250,7 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: engine.Ru
     cfg, out = model.cfg, Path(args.out or "reconstructions")
     for number, path in enumerate(args.files):
         kind = kind_of(path)
-        x = crop_views(read_views(path, kind, cfg, 1).to(run.device), cfg.image_size, 1)
+        x = crop_views(read_pixels(path, kind, cfg, 1).to(run.device), cfg.image_size, 1)
         grid, ratio = cfg.masking(kind)
         generator = torch.Generator().manual_seed(args.seed)
         ratio = ratio if args.mask_ratio is None else args.mask_ratio
@@ -280,21 +280,19 @@ def clips_x_crops(text: str) -> tuple[int, int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options: a data set or files, and what fits the kind of checkpoint."""
-    parser = argparse.ArgumentParser(
-        description="The accuracy of a finetuned checkpoint on a data set's validation part; or "
-        "its five best labels of files; or a pretraining checkpoint's reconstructions of files, as "
-        "pictures.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
-        usage="%(prog)s --checkpoint NAME (--images DIR | --videos DIR | FILE [FILE ...]) ...",
+    parser = engine.option_parser(
+        "The accuracy of a finetuned checkpoint on a data set's validation part; or its five best "
+        "labels of files; or a pretraining checkpoint's reconstructions of files, as pictures.",
+        "%(prog)s --checkpoint NAME (--images DIR | --videos DIR | FILE [FILE ...]) ...",
     )
     # fmt: off
-    add = engine.option_group(parser, "model and data: a data set or files")
+    add = engine.option_group(parser, "model and data (a data set or files)")
     add("--checkpoint", f"path, URL, or one of {', '.join(omnimae.CHECKPOINTS)}", required=True, metavar="NAME")
     add("--images", "folder of images, or 'demo'", metavar="DIR")
     add("--videos", "folder of videos, or 'demo'", metavar="DIR")
     add("files", "images and videos in any mix", nargs="*", metavar="FILE")
     add = engine.option_group(parser, "accuracy and labels")
-    add("--views", "of a video: clips x crops, 1 or 3 crops (default: 5x3)", type=clips_x_crops, metavar="CxK")
+    add("--views", "of a video: clips x crops, 1 or 3 crops (default: 5x3)", type=clips_x_crops, metavar="CLIPSxCROPS")
     add("--predictions", "write each file's label and five best to this .csv", metavar="FILE")
     add("--labels", "class names, as SSv2's labels.json (default: IN1k's or the checkpoint's)", metavar="FILE")
     add = engine.option_group(parser, "reconstructions")
@@ -316,6 +314,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--predictions {args.predictions} is a folder: expected a file")
     if args.predictions and not Path(args.predictions).parent.is_dir():
         parser.error(f"--predictions {args.predictions}: its folder does not exist")
+    if args.out and Path(args.out).is_file():
+        parser.error(f"--out {args.out} is a file: expected a folder")
     if args.labels and not args.files:
         parser.error("--labels is for files: a data set has labels of its own")
     return args

@@ -32,7 +32,7 @@ RECIPES = {
         "layer_decay": 0.65, "drop_path": 0.1, "augment": "full",
     },
     "videos": {  # Something-Something v2
-        # the file says 100 epochs; its warm-up of 12.5 % is noted there as 5 of them, so 40
+        # the configuration says 100 epochs; its warm-up of 12.5 % is noted there as 5, so 40
         "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.125, "weight_decay": 0.05,
         "layer_decay": 0.75, "drop_path": 0.1, "augment": "full",
     },
@@ -85,7 +85,7 @@ class Labelled(train.Views):
     def __getitem__(self, sample: tuple) -> tuple[torch.Tensor, int, torch.Tensor, list[str]]:
         """Pixels uint8 (3, H, W) or (T, 3, H, W), the label, the box (top, left, height, width;
         zeros for none), what is unreadable."""
-        media, index, unreadable = self.find(sample)
+        media, index, unreadable = self.read_or_replace(sample)
         pixels, box = self.crop[sample[0]](media), torch.zeros(4, dtype=torch.int64)
         if self.augment == "full":
             ops = (2, 9.0, 0.5, 1.0) if sample[0] == "images" else (4, 7.0, 0.0, 0.5)
@@ -135,9 +135,9 @@ def build(args: argparse.Namespace, kind: str, cfg, classes: list[str], start) -
 
 
 def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay: float) -> list:
-    """For AdamW, with the "scale" of each group's rate: layer_decay ** (depth + 2 - id).
+    """For AdamW, with the "scale" of each group's rate: layer_decay ** (depth + 2 - layer).
 
-    As released: the patch embedding has id 0, block i has i + 1, norm and head have depth + 1, so
+    As released: the patch embedding is layer 0, block i is i + 1, norm and head are depth + 1, so
     that the head itself runs at `layer_decay` times the rate. No weight decay on biases and norms.
     """
     depth = len(model.encoder.blocks)
@@ -170,10 +170,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         values += [f"{larger[key]} {size}" for size, larger in LARGER.items() if key in larger]
         return f"(default: {', '.join([*values, f'{DEMO[key]} demo'])})"
 
-    parser = argparse.ArgumentParser(
-        description="Finetune a pretrained encoder. Run the same command again to go on.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
-        usage="torchrun [--nproc_per_node N] %(prog)s --checkpoint NAME (--images DIR | --videos DIR) ...",
+    parser = engine.option_parser(
+        "Finetune a pretrained encoder. Run the same command again to go on.",
+        "torchrun [--nproc_per_node N] %(prog)s --checkpoint NAME (--images DIR | --videos DIR) ...",
     )
     # fmt: off
     add = engine.option_group(parser, "model and data")
@@ -182,13 +181,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", "labelled images, or 'demo': the recipe of ImageNet-1k; demo model or data have their own", metavar="DIR")
     add("--videos", "labelled videos, or 'demo': the recipe of Something-Something v2; the demo's likewise", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL_images or runs/MODEL_videos)", metavar="DIR")
-    add = engine.option_group(parser, "recipe: defaults are the released ones for ViT-B, MAE's on ImageNet for ViT-L and ViT-H")
+    add = engine.option_group(parser, "recipe (defaults are the released ones for ViT-B, MAE's on ImageNet for ViT-L and ViT-H)")
     add("--epochs", shown("epochs"), type=engine.positive)
     add("--batch-size", "over all processes " + shown("batch_size"), type=engine.positive)
     add("--lr", f"peak learning rate, by default in proportion to the batch size {shown('lr')}", type=engine.amount)
     add("--weight-decay", "not on biases and LayerNorm " + shown("weight_decay"), type=engine.amount)
     add("--layer-decay", "of the rate, from layer to layer " + shown("layer_decay"), type=engine.amount)
-    add("--drop-path", shown("drop_path"), type=engine.share)
+    add("--drop-path", "share of samples that skip a branch of the last block " + shown("drop_path"), type=engine.share)
     add("--augment", "full: crop of 8 to 100 %% of the area, flip (images), RandAugment, erasing, MixUp or CutMix; crop: of 50 to 100 %%, flip (images) " + shown("augment"), choices=["full", "crop"])
     add("--freeze", "train norm and head only, without drop path", action="store_true")
     add("--seed", "of everything random", type=engine.whole, default=0)

@@ -27,13 +27,14 @@ After pretraining the decoder is thrown away; `Classifier` runs the encoder on a
 """
 
 import difflib
+import fcntl
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ from torchvision.utils import make_grid
 
 @dataclass(frozen=True)
 class OmniMAEConfig:
-    """The sizes of a model. The defaults are ViT-B/16."""
+    """The sizes of a model, and its mask ratios. The defaults are ViT-B/16."""
 
     image_size: int = 224  # pixels, height and width
     num_frames: int = 16  # of a clip
@@ -67,7 +68,9 @@ class OmniMAEConfig:
     decoder_dim: int = 384  # D'
     decoder_depth: int = 4
     decoder_heads: int = 16
-    decoder_qkv_bias: bool = False  # as in the released checkpoints; the released recipe says True
+    decoder_qkv_bias: bool = (
+        False  # as in the released checkpoints; the released configuration says True
+    )
     image_mask_ratio: float = 0.90
     video_mask_ratio: float = 0.95
 
@@ -139,7 +142,7 @@ def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, i
     """(B, 3, H, W) or (B, 3, T, H, W) -> patches (B, N, P), and how many in time, height and width.
 
     An image is a video of one frame, which is repeated to fill a patch. It may have any size that
-    the patch divides; a clip only the model's own, because one table holds its positions.
+    the patch divides; a clip only the model's own: positions are interpolated for images alone.
     ValueError for anything else.
     """
     t, h, w = cfg.patch_size
@@ -159,14 +162,14 @@ def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, i
     return patchify(x, cfg.patch_size), (x.shape[2] // t, x.shape[3] // h, x.shape[4] // w)
 
 
-def denormalize(patches: Tensor) -> Tensor:
-    """Patches (B, N, P) of normalised pixels -> of pixels in [0, 1], of which targets are made."""
+def to_pixels(patches: Tensor) -> Tensor:
+    """Patches (B, N, P) of ImageNet-normalised values -> of pixels in [0, 1]."""
     mean, std = (values.to(patches.device, non_blocking=True) for values in (MEAN, STD))
     return (patches.unflatten(2, (-1, 3)) * std + mean).flatten(2)  # the channel is last
 
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches with mean 0 and variance 1 (with n - 1) in each patch and channel, (B, N, P), and the
+    """Patches with mean 0 and variance 1 (divided by n - 1) in each patch and channel, (B, N, P), and the
     means and deviations that they had, each (B, N, 1, 3)."""
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
@@ -213,7 +216,9 @@ def random_mask(
     num = math.prod(grid) // repeats
     masked = int(ratio * num)
     if not 0 < masked < num:
-        raise ValueError(f"a mask ratio of {ratio} masks {masked} of {num} patches: expected some")
+        raise ValueError(
+            f"a mask ratio of {ratio} masks {masked} of {num} patches: expected one at least, not all"
+        )
     order = torch.rand(batch, num, generator=generator).argsort(1)
     mask = torch.zeros(batch, num, dtype=torch.bool).scatter_(1, order[:, :masked], True)
     return mask.repeat(1, repeats)
@@ -282,7 +287,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Drop path (stochastic depth) skips a branch for some samples, and scales it up for others."""
+    """Attention and MLP, each after a norm and added to its input. Drop path (stochastic depth) skips
+    such a branch for some samples, and scales it up for the others."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, drop_path: float = 0.0):
         super().__init__()
@@ -372,7 +378,7 @@ class Decoder(nn.Module):
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
         mask_tokens = self.embed(self.mask_token + positions)  # (N, D'), the same for every sample
-        mask_tokens = F.embedding(masked, mask_tokens)  # (B, M, D'); [masked] has a slow backward
+        mask_tokens = F.embedding(masked, mask_tokens)  # (B, M, D'); indexing has a slow backward
         x = torch.cat([x, mask_tokens], dim=1)  # (B, N, D')
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
         return self.head(self.norm(x))  # (B, M, P)
@@ -405,7 +411,7 @@ class OmniMAE(nn.Module):
         visible, masked, mask = split_mask(mask.to(x.device), *patches.shape[:2])
         tokens = self.norm(self.encoder(patches, grid, visible))  # (B, V, D)
         pred = self.decoder(tokens, grid, visible, masked).float()  # (B, M, P)
-        target, _, _ = normalize_patches(denormalize(take(patches, masked).float()))  # (B, M, P)
+        target, _, _ = normalize_patches(to_pixels(take(patches, masked).float()))  # (B, M, P)
         return F.mse_loss(pred, target), pred, mask
 
     @torch.no_grad()
@@ -418,7 +424,7 @@ class OmniMAE(nn.Module):
         """
         _, pred, mask = self(x, mask)
         patches, grid = to_patches(x, self.cfg)
-        pixels = denormalize(patches.float())  # (B, N, P)
+        pixels = to_pixels(patches.float())  # (B, N, P)
         _, mean, std = normalize_patches(pixels)  # (B, N, 1, 3)
         pred = pred.unflatten(2, (-1, 3)).flatten(0, 1) * std[mask] + mean[mask]  # (B M, P/3, 3)
         pixels[mask] = pred.flatten(1)  # (B M, P)
@@ -458,7 +464,7 @@ def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Im
     """One normalised image (3, H, W) or clip (3, T, H, W), mask bool (N,) -> a picture: original |
     what the encoder sees | reconstruction; of a clip, three rows of frames."""
     patches, grid = to_patches(x[None], model.cfg)
-    original = denormalize(patches)  # (1, N, P)
+    original = to_pixels(patches)  # (1, N, P)
     seen = original.masked_fill(mask[None, :, None], 0.5)
     panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (original, seen)]
     panels.append(model.reconstruct(x[None], mask[None]))  # (1, 3, T, H, W)
@@ -510,7 +516,11 @@ def _fetch(name: str) -> Path:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))  # to a temporary file, then renamed
+            with open(f"{path}.lock", "w") as lock:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.lockf(lock, fcntl.LOCK_EX)  # one process downloads, the others wait
+                if not path.exists():
+                    torch.hub.download_url_to_file(url, str(path))  # temporary, then renamed
         except Exception as error:  # urllib raises many kinds
             raise ValueError(f"{name}: cannot download {url} to {path}: {error}") from error
     return path
@@ -604,7 +614,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
 # Media: data sets as people download them, images and clips
 
 CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
-MAX_PIXELS = 2**27  # of an image; the frames of a clip's window, kept till chosen from: 16 times
+MAX_PIXELS = 2**27  # of an image; the frames of a clip's window together may have 16 times as many
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
@@ -680,7 +690,7 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
     if inside and flat:
         raise ValueError(
             f"{part} holds {kind} beside folders of {kind}, such as {Path(flat[0]).name} beside "
-            f"{min(inside)}/: expected either"
+            f"{min(inside)}/: expected one or the other"
         )
     if inside:
         labels = [label for label, found in enumerate(inside.values()) for _ in found]
@@ -695,7 +705,7 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
 
 
 def _check_size(width: int, height: int) -> None:
-    """A broken header can claim any size, and a line of pixels fills the memory when resized."""
+    """A broken header can claim any size; and one row of pixels, resized to 224 rows, is huge."""
     if width * height > MAX_PIXELS or max(width, height) > 100 * min(width, height):
         raise ValueError(
             f"its size is {width} x {height}: expected at most {MAX_PIXELS:,} pixels, and at most "
@@ -712,7 +722,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
             raise ValueError("its pixels are floats: expected 8 or 16 bit")
         if image.mode.startswith("I"):  # 16 bit grey, which PIL would clip
             image = PIL.Image.fromarray((np.array(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))  # it copies
+        return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 class Video(AbstractContextManager):

@@ -8,6 +8,7 @@ import ast
 import csv
 import functools
 import glob
+import http.server
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import OrderedDict
@@ -487,6 +489,27 @@ def test_a_name_is_downloaded_once(released, tmp_path, monkeypatch):
     for url in ((tmp_path / "tiny_gone.torch").as_uri(), "http://no host/a b.pt"):
         with pytest.raises(ValueError, match=f"{url}: cannot download"):
             omnimae.load_checkpoint(url)
+
+
+def test_of_several_processes_one_downloads(tmp_path):
+    torch.save(released_state(released_shapes(MODELS["demo"], 8)), tmp_path / "model.pt")
+    gets = []
+
+    class Server(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *words):
+            gets.append(words)
+
+    address = ("localhost", 0)
+    with http.server.ThreadingHTTPServer(
+        address, functools.partial(Server, directory=tmp_path)
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        load = f"omnimae.load_checkpoint('http://localhost:{server.server_port}/model.pt')"
+        command = [sys.executable, "-c", f"import omnimae; {load}"]
+        where = {"cwd": HERE, "env": os.environ | {"TORCH_HOME": str(tmp_path / "home")}}
+        ranks = [subprocess.Popen(command, stderr=subprocess.DEVNULL, **where) for _ in range(2)]
+        assert [rank.wait() for rank in ranks] == [0, 0] and len(gets) == 1
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -970,10 +993,11 @@ def test_options_run(pretrain, options):
 
 
 def test_the_benchmark_times_model_loader_and_both(pretrain, tmp_path, capsys):
-    pretrain("--json", "--batch-size", 8, "--micro-batch", 4)
+    pretrain("--json", "--batch-size", 8, "--micro-batch", 100)
     assert not (tmp_path / "run").exists()  # nothing is trained
     *table, line = capsys.readouterr().out.splitlines()
     report = json.loads(line)
+    assert (report["batch_size"], report["micro_batch"]) == (8, 8)
     for kind in train.KINDS:
         figures = report[kind]
         assert figures["flops_per_view"] == engine.count_flops(omnimae.MODELS["demo"], kind)
@@ -1046,16 +1070,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, monkeypatch):
 
     def broken(self, x, mask=None):
         loss, pred, mask = forward(self, x, mask)
-        return (
-            loss
-            * (
-                float("nan")
-                if x.device.type == "cpu" and torch.is_grad_enabled() and next(calls) == 3
-                else 1
-            ),
-            pred,
-            mask,
-        )
+        counting = x.device.type == "meta"  # the operations of a step
+        bad = torch.is_grad_enabled() and not counting and next(calls) == 3
+        return loss * (float("nan") if bad else 1), pred, mask
 
     calls = iter(range(100))
     monkeypatch.setattr(OmniMAE, "forward", broken)
@@ -1090,8 +1107,11 @@ def test_another_runs_folder_is_refused(pretrain):
         (("--model", "resnet"), "'resnet': none of vit_b, vit_l, vit_h, demo\n"),
         (("--image-mask-ratio", "1.5"), "'1.5': expected a number, 0 or more, less than 1"),
         (("--image-mask-ratio", "many"), "'many': expected a number, 0 or more, less than 1"),
-        (("--image-mask-ratio", "0.001"), "ratio of 0.001 masks 0 of 36 patches: expected some"),
-        (("--video-mask-ratio", "0"), "ratio of 0.0 masks 0 of 144 patches: expected some"),
+        (
+            ("--image-mask-ratio", "0.001"),
+            "ratio of 0.001 masks 0 of 36 patches: expected one at least",
+        ),
+        (("--video-mask-ratio", "0"), "ratio of 0.0 masks 0 of 144 patches: expected one at least"),
         (("--lr", "nan"), "--lr: 'nan': expected a number, 0 or more"),
         (("--save-minutes", "-1"), "--save-minutes: '-1': expected a number, 0 or more"),
         (("--seed", "-1"), "--seed: '-1': expected a whole number, 0 or more"),
@@ -1117,6 +1137,27 @@ def test_a_mistake_on_the_command_line_ends_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stderr == "train.py: gone does not exist: expected a folder of images\n"
     assert done.stdout == ""
+
+
+def test_out_of_memory_is_a_sentence():
+    with pytest.raises(SystemExit, match="out of memory: try a smaller --micro-batch"):
+        engine.run_script(lambda _: torch.empty(2**55), lambda: None)
+    with pytest.raises(RuntimeError, match="shapes cannot"):  # a mistake of ours stays a traceback
+        engine.run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), lambda: None)
+
+
+def test_two_first_runs_at_once_share_the_demo_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write = omnimae.write_demo_data
+
+    def another_was_first(root):
+        for _ in range(2):
+            write(root, 8, 8, 8, 8)
+
+    monkeypatch.setattr(omnimae, "write_demo_data", another_was_first)
+    args = train.parse_args(["--model", "demo", "--device", "cpu"])
+    assert engine.demo_data("images", engine.Run(args)) == "demo_data/images"
+    assert len(list(tmp_path.rglob("*.JPEG"))) == 16 and not list(tmp_path.glob(".*"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1400,7 +1441,7 @@ def test_a_released_in1k_checkpoint_is_evaluated_exactly(hub, tmp_path, capsys):
         PIL.Image.fromarray(coarse).resize((width, height)).save(paths[-1])
     x = torch.stack([plain_image(path) for path in paths])
     for path, plain in zip(paths, x):  # bit for bit before the model
-        pixels = evaluation.read_views(str(path), "images", MODELS["vit_b"], 1)
+        pixels = evaluation.read_pixels(str(path), "images", MODELS["vit_b"], 1)
         assert torch.equal(evaluation.crop_views(pixels, 224, 1)[0], plain)
     logits = omnimae.load_checkpoint("vit_b_in1k")(x)
     run_eval(
@@ -1482,7 +1523,7 @@ def plain_views(path: Path, size: int, num_frames: int) -> list[torch.Tensor]:
 def test_the_views_of_a_clip_are_the_protocols(tmp_path, width, height):
     noise = np.random.default_rng(0).integers(0, 256, (44, height, width, 3), dtype=np.uint8)
     omnimae.write_clip(tmp_path / "clip.webm", noise)
-    clips = evaluation.read_views(str(tmp_path / "clip.webm"), "videos", MODELS["demo"], 5)
+    clips = evaluation.read_pixels(str(tmp_path / "clip.webm"), "videos", MODELS["demo"], 5)
     views = evaluation.crop_views(clips, 64, 3)
     plain = torch.stack(plain_views(tmp_path / "clip.webm", 64, 8))
     assert views.shape == (15, 3, 8, 64, 64)
@@ -1641,6 +1682,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     for module, options, words in (
         (evaluation, ("--checkpoint", tuned), "expected one of these: --images DIR, --videos DIR, files"),
         (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected CLIPSxCROPS, 1 or 3 crops, as 5x3"),
+        (evaluation, ("--checkpoint", pretrained, image, "--out", image), "is a file: expected a folder"),
         (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
         (evaluation, ("--checkpoint", tuned, image, "--predictions", "a.csv"), "--predictions is for a data set"),
         (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv: its folder does not exist"),

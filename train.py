@@ -43,7 +43,7 @@ def learning_rate(step: float, total: int, peak: float, end=0.0, warmup=0.05) ->
 # Data: which samples a step takes, and the views that are cut from them
 
 
-@functools.lru_cache(maxsize=4)  # of the epoch: of its steps and of each kind's files
+@functools.lru_cache(maxsize=4)  # of an epoch: the order of its steps, and of each kind's files
 def shuffled(num: int, *key: int) -> np.ndarray:
     return np.random.default_rng(key).permutation(num)
 
@@ -126,9 +126,9 @@ class Views(Dataset):
             start = torch.rand(()).item() * max(video.duration - omnimae.CLIP_SECONDS, 0)
             return video.clip(start, omnimae.CLIP_SECONDS, self.cfg.num_frames)
 
-    def find(self, sample: tuple) -> tuple[torch.Tensor, int, list[str]]:
-        """The first that can be read of the sample's file and others drawn at random: pixels uint8,
-        (3, H, W) or (T, 3, H, W); its index; and what is wrong with those before."""
+    def read_or_replace(self, sample: tuple) -> tuple[torch.Tensor, int, list[str]]:
+        """Pixels uint8, (3, H, W) or (T, 3, H, W), of the sample's file, or of one drawn at random
+        if that cannot be read; the index of the file; and what is wrong with those tried before."""
         kind, epoch, index, first, _ = sample
         unreadable = []
         for attempt in range(20):
@@ -144,7 +144,7 @@ class Views(Dataset):
         """One file's views: pixels uint8, (H, W, 3) or (T, H, W, 3); visible indices (V,); and
         what could not be read."""
         kind, epoch, index, first, views = sample
-        media, _, unreadable = self.find(sample)
+        media, _, unreadable = self.read_or_replace(sample)
         grid, ratio = self.cfg.masking(kind)
         pixels, visible = [], []
         for view in range(first, first + views):
@@ -167,10 +167,9 @@ def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, completed by what goes with the model and the data."""
-    parser = argparse.ArgumentParser(
-        description="Pretrain OmniMAE on images and videos. Run the same command again to go on.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=27, width=100),
-        usage="torchrun [--nproc_per_node N] %(prog)s [--model M] [--images DIR] [--videos DIR] ...",
+    parser = engine.option_parser(
+        "Pretrain OmniMAE on images and videos. Run the same command again to go on.",
+        "torchrun [--nproc_per_node N] %(prog)s [--model M] [--images DIR] [--videos DIR] ...",
     )
 
     # fmt: off
@@ -180,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
     add("--init", "start from a pretraining checkpoint: path, URL or released name", metavar="NAME")
-    add = engine.option_group(parser, "recipe: the released one for ViT-B")
+    add = engine.option_group(parser, "recipe (the released one for ViT-B)")
     add("--epochs", "each of as many views as there are files (default: 800, the released checkpoints 1600; demo model or data: 12)", type=engine.positive)
     add("--batch-size", "views a step, over all processes (default: 2048; demo model or data: 64)", type=engine.positive)
     add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo model: 6e-4)", type=engine.amount)
@@ -191,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--video-mask-ratio", "share masked (default: 0.95; demo: 0.90)", type=engine.share)
     add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
     add("--seed", "of everything random", type=engine.whole, default=0)
-    add = engine.option_group(parser, "speed")
+    add = engine.option_group(parser, "benchmark")
     add("--benchmark", "time steps (by default of one micro-batch of 32) instead of training", action="store_true")
     add("--json", "the same, with its figures also as a line of JSON", action="store_true")
     # fmt: on
@@ -201,8 +200,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.images = args.videos = "demo"
     demo = "demo" in (args.model, args.images, args.videos)
     args.benchmark |= args.json
-    if args.micro_batch is None and (args.benchmark or demo and args.batch_size is None):
-        args.micro_batch = 32 if args.benchmark or args.model == "demo" else 16
+    if args.micro_batch is None and args.benchmark:
+        args.micro_batch = 32
+    elif args.micro_batch is None and args.batch_size is None and demo:
+        args.micro_batch = 32 if args.model == "demo" else 16
     if args.batch_size is None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         args.batch_size = args.micro_batch * world if args.benchmark else 64 if demo else 2048
@@ -250,7 +251,7 @@ def held_out_batches(cfg, sources: dict, seed: int, mask_kind: str) -> dict:
 @torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
 @torch.no_grad()
 def show_held_out(model: omnimae.OmniMAE, held_out: dict, run: engine.Run) -> None:
-    """Held-out losses, and pictures of the same image and clip as ever."""
+    """Held-out losses, and pictures always of the same image and clip."""
     shown = []
     for kind, (pixels, visible, _) in held_out.items():
         x = omnimae.normalize(pixels.to(run.device))
@@ -258,7 +259,7 @@ def show_held_out(model: omnimae.OmniMAE, held_out: dict, run: engine.Run) -> No
             loss, _, mask = model(x, visible.to(run.device))
             picture = omnimae.draw_reconstruction(model, x[0], mask[0])
         patches, _ = omnimae.to_patches(x, model.cfg)
-        target, _, _ = omnimae.normalize_patches(omnimae.denormalize(patches[mask][None]))
+        target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(patches[mask][None]))
         loss, zero = loss.item(), target.square().mean().item()
         (run.out / "pictures").mkdir(exist_ok=True)
         picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
@@ -325,7 +326,7 @@ def main(args: argparse.Namespace) -> None:
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
         f"{run.world} x {run.device.type} at {peak / 1e12:.2f} TFLOP/s in matrix products, "
-        f"{run.workers} loader workers\n{' and '.join(f'{n:,} {kind}' for kind, n in sizes.items())}: "
+        f"loader workers: {run.workers}\n{' and '.join(f'{n:,} {kind}' for kind, n in sizes.items())}: "
         f"{steps.total:,} steps of {args.batch_size} views in {args.epochs} epochs; see {run.out}/"
     )
 
