@@ -55,9 +55,15 @@ def ignore_signals(_worker: int) -> None:
 
 
 def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, collate) -> DataLoader:
-    """One pool of workers for both kinds; `steps` says what each batch holds."""
-    pin = device.type == "cuda"
-    return DataLoader(dataset, batch_sampler=steps, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=ignore_signals)  # fmt: skip
+    """One pool of workers for both kinds; `steps` says what each batch holds.
+
+    Workers are forked once, and must be before the loop: in Python 3.11 a fork can hang at the moment
+    when a thread of gloo's, just after a collective, asks for the interpreter.
+    """
+    return DataLoader(
+        dataset, batch_sampler=steps, num_workers=workers, persistent_workers=workers > 0,
+        collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -369,12 +375,11 @@ def time_parts(steps, run: Run, dataset: Dataset, collate, update) -> tuple[dict
     steps.total = sys.maxsize  # however fast it is
     pixels, visible, _ = collate([dataset[sample] for sample in next(iter(steps))])
     batch = torch.randint_like(pixels, 256).to(run.device), visible.to(run.device), []
-    loader = iter(make_loader(dataset, steps, run.workers, run.device, collate))
-    ready = 2 * run.workers + 1  # batches that workers make ahead
-
     before = matmul_rate(run, 2048)
     model = timed(lambda: update(itertools.repeat(batch)), run)
     peak = (before + matmul_rate(run, 2048)) / 2
+    loader = iter(make_loader(dataset, steps, run.workers, run.device, collate))
+    ready = 2 * run.workers + 1  # batches that workers make ahead
     alone = timed(lambda: [next(loader) for _ in range(steps.accumulate)], run, ready)
     both = timed(lambda: update(loader), run)
     return {"model": model, "loader": alone, "both": both}, peak

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
@@ -120,6 +120,16 @@ class Files(Dataset):
             return index, None, str(error)
 
 
+def file_loader(
+    kind: str, listing: omnimae.Listing, cfg, num_clips: int, run: engine.Run
+) -> DataLoader:
+    """This rank's files of a data set, each of which is one rank's; one at a time, because a clip in
+    its own size can be large. It can be gone through again and again."""
+    files = Files(listing.paths, kind, cfg, num_clips)
+    mine = [[i] for i in range(run.rank, len(listing.paths), run.world)]
+    return engine.make_loader(files, mine, run.workers, run.device, itemgetter(0))
+
+
 # ------------------------------------------------------------------------------------------------
 # Accuracy
 
@@ -128,25 +138,19 @@ class Files(Dataset):
 @torch.no_grad()
 def accuracy(
     model: omnimae.Classifier,
-    kind: str,
-    listing: omnimae.Listing,
+    labels: list[int],
+    loader: DataLoader,
     run: engine.Run,
-    views: tuple[int, int],
+    num_crops: int = 1,
     batch_size: int = 64,
 ) -> tuple[float, float, int, torch.Tensor, torch.Tensor]:
     """Top-1 and top-5 in %; how many files could not be read, which count as wrong; the five best
-    classes of each file and their probabilities, (files, 5), on all ranks. A video has `views`,
-    clips x crops; their logits are averaged. About `batch_size` views go through the model at once.
+    classes of each file and their probabilities, (files, 5), on all ranks. The loader is a
+    `file_loader`. Logits of a video's views are averaged. `batch_size` views at most go through the
+    model at once, or those of one file.
     """
-    num_clips, num_crops = views if kind == "videos" else (1, 1)
-    num = len(listing.paths)
-    best = torch.zeros(num, min(5, model.head.out_features), dtype=torch.int64)
+    best = torch.zeros(len(labels), min(5, model.head.out_features), dtype=torch.int64)
     probability = torch.zeros(best.shape)
-    mine = range(run.rank, num, run.world)  # each file is one rank's, and counts once
-    size = max(1, batch_size // (num_clips * num_crops))
-    files = Files(listing.paths, kind, model.cfg, num_clips)
-    # the loader gives one file at a time: a clip in its own size can be large
-    loader = engine.make_loader(files, [[i] for i in mine], run.workers, run.device, itemgetter(0))
     index, x = [], []
     model.eval()
     for i, pixels, error in loader:
@@ -155,7 +159,8 @@ def accuracy(
         else:
             index.append(i)
             x.append(crop_views(pixels.to(run.device), model.cfg.image_size, num_crops))
-        if index and (len(index) == size or i == mine[-1]):
+        full = index and len(x[0]) * (len(x) + 1) > batch_size
+        if full or index and i == loader.batch_sampler[-1][0]:
             with run.autocast:
                 logits = model(torch.cat(x)).float()  # (files views, classes)
             logits = logits.unflatten(0, (len(index), -1)).mean(1)  # (files, classes)
@@ -166,7 +171,7 @@ def accuracy(
         dist.all_reduce(best)  # the other ranks' rows are zeros
         dist.all_reduce(probability)
     readable = probability[:, :1] != 0  # (files, 1)
-    right = (best == torch.tensor(listing.labels)[:, None]) & readable  # (files, 5)
+    right = (best == torch.tensor(labels)[:, None]) & readable  # (files, 5)
     top1, top5 = (100 * hit.double().mean().item() for hit in (right[:, 0], right.any(1)))
     return top1, top5, int((~readable).sum()), best, probability
 
@@ -182,11 +187,12 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: engine.Ru
             f"{args.checkpoint} has {model.head.out_features} classes, {root} has "
             f"{len(listing.classes)}: expected a checkpoint finetuned with --{kind} {root}"
         )
+    num_clips, num_crops = args.views if kind == "videos" else (1, 1)
+    loader = file_loader(kind, listing, model.cfg, num_clips, run)
     top1, top5, unreadable, best, probability = accuracy(
-        model, kind, listing, run, args.views, args.batch_size
+        model, listing.labels, loader, run, num_crops, args.batch_size
     )
-    published = PUBLISHED.get(args.checkpoint)
-    num_views = 1 if kind == "images" else math.prod(args.views)
+    published, num_views = PUBLISHED.get(args.checkpoint), num_clips * num_crops
     each = "1 view of each" if num_views == 1 else f"{num_views} views of each"
     if not omnimae.has_validation(root, kind):
         each += "; every tenth file, as it has no validation part"

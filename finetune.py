@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 import engine
 import omnimae
 import train
-from eval import accuracy, list_labelled
+from eval import accuracy, file_loader, list_labelled
 
 # The released configurations, for ViT-B. A rate goes with its batch size.
 RECIPES = {
@@ -262,6 +262,8 @@ def main(args: argparse.Namespace) -> None:
     steps.start = run.step
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     batches = iter(engine.make_loader(dataset, steps, run.workers, run.device, collate))
+    validation = file_loader(kind, held_out, cfg, 1, run)  # one view of each, for speed
+    iter(validation)  # workers start now: see `make_loader`
     run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch = run.step // epoch_steps
@@ -294,8 +296,8 @@ def main(args: argparse.Namespace) -> None:
         mean = run.agree(total, args.batch_size, log_now)
         if log_now:
             run.report(epoch, kind, mean, lr)
-        if epoch_ends:  # one view of each, for speed: eval.py has the whole protocol
-            top1, top5, unreadable, _, _ = accuracy(model, kind, held_out, run, views=(1, 1))
+        if epoch_ends:  # eval.py has the whole protocol
+            top1, top5, unreadable, _, _ = accuracy(model, held_out.labels, validation, run)
             run.log(step=run.step, epoch=epoch, top1=top1, top5=top5, val_unreadable=unreadable)
             run.print(f"step {run.step:6d}  validation: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
             if top1 > best:

@@ -11,6 +11,7 @@ import glob
 import http.server
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -1348,6 +1349,19 @@ def test_a_finetuned_run_stopped_or_killed_goes_on_to_the_same_bits(
         assert log(whole, field) == log(part, field) and len(log(part, field)) == 2
     files = {path.name for path in part.iterdir()}
     assert files == {"last.pt", "best.pt", "log.jsonl", "args.json"}
+
+
+def test_workers_of_finetuning_start_once(finetuning, monkeypatch):
+    agree, workers = engine.Run.agree, []
+
+    def watched(run, *args):
+        workers.append({worker.pid for worker in multiprocessing.active_children()})
+        return agree(run, *args)
+
+    monkeypatch.setattr(engine.Run, "agree", watched)
+    finetuning("--workers", 1, out="run")
+    assert len(workers) == 6 and len(workers[0]) == 2  # of training and of validation
+    assert all(now == workers[0] for now in workers)
 
 
 def test_a_run_saves_classes_and_the_best_epoch(finetuning):
