@@ -55,15 +55,18 @@ def ignore_signals(_worker: int) -> None:
 
 
 def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, collate) -> DataLoader:
-    """One pool of workers for both kinds; `steps` says what each batch holds.
-
-    Workers are forked once, and must be before the loop: in Python 3.11 a fork can hang at the moment
-    when a thread of gloo's, just after a collective, asks for the interpreter.
-    """
+    """A loader; its one pool of workers serves images and videos. `steps` says what each batch holds."""
     return DataLoader(
         dataset, batch_sampler=steps, num_workers=workers, persistent_workers=workers > 0,
         collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
+
+
+def start_workers(loader: DataLoader) -> Iterator:
+    """Its batches. Workers are forked here, once, and after a rest: in Python 3.11 a child hangs that
+    is forked while a thread of gloo's takes the interpreter's lock, as it does after a collective."""
+    time.sleep(0.1)
+    return iter(loader)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -83,7 +86,7 @@ class Run:
             if self.local >= torch.cuda.device_count():
                 raise ValueError(
                     f"process {self.local} on this machine has no GPU: PyTorch sees "
-                    f"{torch.cuda.device_count()}; start as many processes, or give --device cpu"
+                    f"{torch.cuda.device_count()}; start no more processes than GPUs, or give --device cpu"
                 )
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -132,8 +135,8 @@ class Run:
     def begin(self, total: int, peak: float) -> None:
         """The loop of `total` steps begins, on devices of `peak` FLOP/s. From now on SIGINT and SIGTERM
         finish the step, save and exit."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "signalled", True))
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, lambda *_: setattr(self, "signalled", True))
         self.total, self.peak, self.first, self.began = total, peak, self.step, time.monotonic()
         self.begin_window()
 
@@ -213,11 +216,11 @@ class Run:
 
     def begin_window(self) -> None:
         """Speed is measured from one logged step to the next."""
-        self.window, self.waited, self.views, self.work = time.monotonic(), 0.0, 0, 0.0
+        self.window_began, self.waited, self.views, self.work = time.monotonic(), 0.0, 0, 0.0
 
     def report(self, epoch: int, kind: str, loss: float, lr: float) -> None:
         """Log the step, print it with the time left, and begin the next window."""
-        seconds = time.monotonic() - self.window
+        seconds = time.monotonic() - self.window_began
         line = {
             "step": self.step, "epoch": epoch, "kind": kind, "loss": loss, "lr": lr,
             "unreadable": self.unreadable, "views_per_second": self.views / seconds,
@@ -378,22 +381,22 @@ def time_parts(steps, run: Run, dataset: Dataset, collate, update) -> tuple[dict
     before = matmul_rate(run, 2048)
     model = timed(lambda: update(itertools.repeat(batch)), run)
     peak = (before + matmul_rate(run, 2048)) / 2
-    loader = iter(make_loader(dataset, steps, run.workers, run.device, collate))
+    loader = start_workers(make_loader(dataset, steps, run.workers, run.device, collate))
     ready = 2 * run.workers + 1  # batches that workers make ahead
     alone = timed(lambda: [next(loader) for _ in range(steps.accumulate)], run, ready)
     both = timed(lambda: update(loader), run)
     return {"model": model, "loader": alone, "both": both}, peak
 
 
-def benchmark(args, run: Run, cfg, batches: dict, dataset: Dataset, collate, update) -> None:
-    """Time steps of each kind of `batches` and print a table; with --json also a line of JSON."""
-    report = {key: vars(args)[key] for key in ("model", "batch_size", "micro_batch", "compile")}
-    report["micro_batch"] = next(iter(batches.values())).micro
+def benchmark(args, run: Run, cfg, samplers: dict, dataset: Dataset, collate, update) -> None:
+    """Time steps of each kind in `samplers` and print a table; with --json also a line of JSON."""
+    report = {key: vars(args)[key] for key in ("model", "batch_size", "compile")}
+    report["micro_batch"] = next(iter(samplers.values())).micro
     report |= {"device": f"{run.world} x {run.device.type}", "dtype": str(run.dtype)}
     report |= {"workers": run.workers, "torch": torch.__version__}
     run.print(", ".join(f"{key} {value}" for key, value in report.items()))
     run.print(f"{'ms/step':>28}{'views/s':>12}{'TFLOP/s':>12}{'of matmul':>12}")
-    for kind, steps in batches.items():
+    for kind, steps in samplers.items():
         seconds, peak = time_parts(steps, run, dataset, collate, update)
         flops, memory = count_flops(cfg, kind), memory_gb(run.device)
         cores = max(1, run.workers) * run.world * seconds["loader"] / seconds["model"]
@@ -424,7 +427,7 @@ def benchmark(args, run: Run, cfg, batches: dict, dataset: Dataset, collate, upd
 # Options, and how a script ends
 
 
-def number(of: type, least: int, below: int = 2**63) -> Callable[[str], float]:
+def number(of: type, least: int, below: int) -> Callable[[str], float]:
     """An option's type: whole numbers, or any, from `least` to less than `below`."""
 
     def parse(text: str) -> float:
@@ -433,20 +436,15 @@ def number(of: type, least: int, below: int = 2**63) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not least <= value < below:
-            what = "whole number" if of is int else "number"
-            most = f", less than {below}" if below == 1 else ""
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a {what}, {least} or more{most}")
+            what = f"{'whole ' if of is int else ''}number, {least} or more, less than {below:,}"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a {what}")
         return value
 
     return parse
 
 
-whole, positive, amount, share = (
-    number(int, 0),
-    number(int, 1),
-    number(float, 0),
-    number(float, 0, 1),
-)
+whole, positive = number(int, 0, 2**32), number(int, 1, 10**6)
+amount, share = number(float, 0, 10**6), number(float, 0, 1)
 
 
 def model_name(text: str) -> str:
@@ -481,7 +479,7 @@ def option_group(parser: argparse.ArgumentParser, title: str):
 def device_options(add) -> None:
     add("--device", "(default: a GPU if there is one)", choices=["cuda", "cpu"])
     add("--dtype", "of autocast (default: bfloat16, on GPUs without it float16; demo model: float32)", choices=["float32", "bfloat16", "float16"])
-    add("--workers", "loader processes a device (default: its share of the cores less one, at least 1)", type=whole)
+    add("--workers", "loader processes a device, in finetuning as many again for validation (default: its share of the cores less one, at least 1)", type=whole)
 
 
 def machine_options(parser: argparse.ArgumentParser) -> None:
@@ -497,8 +495,12 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
+NO_MEMORY = "(out of|allocate) memory|ALLOC_FAILED"  # in what PyTorch says
+
+
 def run_script(main, parse_args) -> None:
     """What a user can cause ends in a sentence, not in a traceback."""
+    name = Path(sys.argv[0]).name
     try:
         main(parse_args())
         if dist.is_initialized():
@@ -507,15 +509,18 @@ def run_script(main, parse_args) -> None:
         hint = "; what was saved stays: try a lower --lr or --dtype float32"
         hint = hint if isinstance(error, FloatingPointError) else ""
         reason = str(error).rsplit("ValueError: ", 1)[-1].strip()  # a worker's comes as a traceback
-        sys.exit(f"{Path(sys.argv[0]).name}: {reason}{hint}")
+        sys.exit(f"{name}: {reason}{hint}")
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "(out of|allocate) memory", str(error)
-        ):
+        if re.search("DataLoader worker|shared memory", str(error)):
+            sys.exit(
+                f"{name}: a loader's process was ended, as when memory or /dev/shm is full: try fewer "
+                "--workers"
+            )
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise
         sys.exit(
-            f"{Path(sys.argv[0]).name}: out of memory: try a smaller --micro-batch (eval.py: "
-            "--batch-size), then --checkpoint-activations"
+            f"{name}: out of memory: try a smaller --micro-batch (eval.py: --batch-size), then "
+            "--checkpoint-activations"
         )
     except KeyboardInterrupt:
         sys.exit(130)

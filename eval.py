@@ -124,17 +124,19 @@ def file_loader(
     kind: str, listing: omnimae.Listing, cfg, num_clips: int, run: engine.Run
 ) -> DataLoader:
     """This rank's files of a data set, each of which is one rank's; one at a time, because a clip in
-    its own size can be large. It can be gone through again and again."""
+    its own size can be large."""
     files = Files(listing.paths, kind, cfg, num_clips)
     mine = [[i] for i in range(run.rank, len(listing.paths), run.world)]
-    return engine.make_loader(files, mine, run.workers, run.device, itemgetter(0))
+    loader = engine.make_loader(files, mine, run.workers, run.device, itemgetter(0))
+    engine.start_workers(loader)  # they stay, for every time that it is gone through
+    return loader
 
 
 # ------------------------------------------------------------------------------------------------
 # Accuracy
 
 
-@torch.compiler.set_stance("force_eager")  # the last batch's size is not worth compiling for
+@torch.compiler.set_stance("force_eager")  # its batch sizes are not worth compiling for
 @torch.no_grad()
 def accuracy(
     model: omnimae.Classifier,
@@ -145,9 +147,9 @@ def accuracy(
     batch_size: int = 64,
 ) -> tuple[float, float, int, torch.Tensor, torch.Tensor]:
     """Top-1 and top-5 in %; how many files could not be read, which count as wrong; the five best
-    classes of each file and their probabilities, (files, 5), on all ranks. The loader is a
-    `file_loader`. Logits of a video's views are averaged. `batch_size` views at most go through the
-    model at once, or those of one file.
+    classes of each file, or as many as there are, and their probabilities, (files, 5), on all ranks.
+    The loader is a `file_loader`. Logits of a video's views are averaged. `batch_size` views at most
+    go through the model at once, or those of one file.
     """
     best = torch.zeros(len(labels), min(5, model.head.out_features), dtype=torch.int64)
     probability = torch.zeros(best.shape)
@@ -159,8 +161,9 @@ def accuracy(
         else:
             index.append(i)
             x.append(crop_views(pixels.to(run.device), model.cfg.image_size, num_crops))
-        full = index and len(x[0]) * (len(x) + 1) > batch_size
-        if full or index and i == loader.batch_sampler[-1][0]:
+        full = index and len(x[0]) * (len(x) + 1) > batch_size  # one more file would be too many
+        last = i == loader.batch_sampler[-1][0]  # of this rank's, readable or not
+        if index and (full or last):
             with run.autocast:
                 logits = model(torch.cat(x)).float()  # (files views, classes)
             logits = logits.unflatten(0, (len(index), -1)).mean(1)  # (files, classes)

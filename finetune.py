@@ -261,9 +261,9 @@ def main(args: argparse.Namespace) -> None:
 
     steps.start = run.step
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
-    batches = iter(engine.make_loader(dataset, steps, run.workers, run.device, collate))
+    loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
+    batches = engine.start_workers(loader)
     validation = file_loader(kind, held_out, cfg, 1, run)  # one view of each, for speed
-    iter(validation)  # workers start now: see `make_loader`
     run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch = run.step // epoch_steps
@@ -297,7 +297,9 @@ def main(args: argparse.Namespace) -> None:
         if log_now:
             run.report(epoch, kind, mean, lr)
         if epoch_ends:  # eval.py has the whole protocol
-            top1, top5, unreadable, _, _ = accuracy(model, held_out.labels, validation, run)
+            top1, top5, unreadable, _, _ = accuracy(
+                model, held_out.labels, validation, run, batch_size=steps.micro
+            )
             run.log(step=run.step, epoch=epoch, top1=top1, top5=top5, val_unreadable=unreadable)
             run.print(f"step {run.step:6d}  validation: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
             if top1 > best:

@@ -516,7 +516,7 @@ def _fetch(name: str) -> Path:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{path}.lock", "w") as lock:
+            with open(f"{path}.lock", "w") as lock:  # stays: another may be waiting for it
                 with suppress(OSError):  # a file system without locks
                     fcntl.lockf(lock, fcntl.LOCK_EX)  # one process downloads, the others wait
                 if not path.exists():

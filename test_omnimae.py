@@ -1113,7 +1113,11 @@ def test_another_runs_folder_is_refused(pretrain):
             "ratio of 0.001 masks 0 of 36 patches: expected one at least",
         ),
         (("--video-mask-ratio", "0"), "ratio of 0.0 masks 0 of 144 patches: expected one at least"),
-        (("--lr", "nan"), "--lr: 'nan': expected a number, 0 or more"),
+        (("--lr", "nan"), "--lr: 'nan': expected a number, 0 or more, less than 1,000,000"),
+        (
+            ("--epochs", "1000000000000000"),
+            "expected a whole number, 1 or more, less than 1,000,000",
+        ),
         (("--save-minutes", "-1"), "--save-minutes: '-1': expected a number, 0 or more"),
         (("--seed", "-1"), "--seed: '-1': expected a whole number, 0 or more"),
         (("--out", "file"), "--out file is a file: expected a folder"),
@@ -1145,6 +1149,19 @@ def test_out_of_memory_is_a_sentence():
         engine.run_script(lambda _: torch.empty(2**55), lambda: None)
     with pytest.raises(RuntimeError, match="shapes cannot"):  # a mistake of ours stays a traceback
         engine.run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), lambda: None)
+
+
+class Killed(torch.utils.data.Dataset):
+    """A loader's worker that the system ends, as when memory is full."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_worker_is_a_sentence():
+    with pytest.raises(SystemExit, match="a loader's process was ended.*try fewer --workers"):
+        loader = engine.make_loader(Killed(), [[0]], 1, torch.device("cpu"), None)
+        engine.run_script(lambda _: next(engine.start_workers(loader)), lambda: None)
 
 
 def test_two_first_runs_at_once_share_the_demo_data(tmp_path, monkeypatch):

@@ -279,8 +279,9 @@ def main(args: argparse.Namespace) -> None:
     listings = {kind: omnimae.list_media(root, kind).paths for kind, root in sources.items()}
     sizes = {kind: len(paths) for kind, paths in listings.items()}
     views = {"images": args.image_views, "videos": args.video_views}
-    how = views, args.batch_size, args.epochs, args.seed, run.rank, run.world, args.micro_batch
-    steps = Steps(sizes, *how)
+    how = {"views": views, "batch": args.batch_size, "epochs": args.epochs, "seed": args.seed}
+    how |= {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
+    steps = Steps(sizes, **how)
 
     # The model
     ratios = {k: v for k, v in vars(args).items() if k.endswith("mask_ratio") and v is not None}
@@ -319,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
 
     dataset = Views(cfg, listings, args.seed, args.mask)
     if args.benchmark:
-        samplers = {kind: Steps({kind: size}, *how) for kind, size in sizes.items()}
+        samplers = {kind: Steps({kind: size}, **how) for kind, size in sizes.items()}
         return engine.benchmark(args, run, cfg, samplers, dataset, collate, update)
     peak = engine.matmul_rate(run)
     flops = {kind: engine.count_flops(model.cfg, kind) for kind in sizes}
@@ -332,7 +333,8 @@ def main(args: argparse.Namespace) -> None:
 
     held_out = held_out_batches(cfg, sources, args.seed, args.mask) if run.rank == 0 else {}
     steps.start = run.step
-    batches = iter(engine.make_loader(dataset, steps, run.workers, run.device, collate))
+    loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
+    batches = engine.start_workers(loader)
     run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch, kind, _ = steps.at(run.step)
@@ -346,7 +348,7 @@ def main(args: argparse.Namespace) -> None:
 
         last = run.step == steps.total
         log_now = run.step == 1 or run.step % args.log_every == 0 or last
-        look_now = run.step % max(1, steps.total // 10) == 0 or last
+        look_now = run.step % math.ceil(steps.total / 10) == 0 or last
         mean = run.agree(loss, args.batch_size // views[kind], log_now or look_now)
         if log_now:
             run.report(epoch, kind, mean, lr)
