@@ -447,6 +447,14 @@ whole, positive = number(int, 0, 2**32), number(int, 1, 10**6)
 amount, share = number(float, 0, 10**6), number(float, 0, 1)
 
 
+def given(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "'', perhaps of an unset variable: expected a name or path"
+        )
+    return text
+
+
 def model_name(text: str) -> str:
     if text not in omnimae.MODELS:
         near = omnimae.did_you_mean(text, omnimae.MODELS)
@@ -469,7 +477,7 @@ def option_group(parser: argparse.ArgumentParser, title: str):
         shown = " (default: %(default)s)" if more.get("default") is not None else ""
         name = "X" if more.get("type") in (amount, share) else "N"
         if "choices" not in more and "action" not in more:
-            more.setdefault("metavar", name)
+            more = {"metavar": name, "type": given} | more
         options.add_argument(flag, help=help + shown, **more)
 
     return add
@@ -516,6 +524,8 @@ def run_script(main, parse_args) -> None:
                 f"{name}: a loader's process was ended, as when memory or /dev/shm is full: try fewer "
                 "--workers"
             )
+        if "closed by peer" in str(error):
+            sys.exit(f"{name}: another process has ended: its message says why")
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise
         sys.exit(

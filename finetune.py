@@ -261,10 +261,10 @@ def main(args: argparse.Namespace) -> None:
 
     steps.start = run.step
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
+    run.begin(steps.total, peak)  # before workers inherit what a signal does
     loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
     batches = engine.start_workers(loader)
     validation = file_loader(kind, held_out, cfg, 1, run)  # one view of each, for speed
-    run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch = run.step // epoch_steps
         lr = train.learning_rate(run.step, steps.total, args.lr, end=1e-6, warmup=args.warmup)

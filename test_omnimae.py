@@ -1119,6 +1119,7 @@ def test_another_runs_folder_is_refused(pretrain):
             "expected a whole number, 1 or more, less than 1,000,000",
         ),
         (("--save-minutes", "-1"), "--save-minutes: '-1': expected a number, 0 or more"),
+        (("--videos", ""), "--videos: '', perhaps of an unset variable: expected a name or path"),
         (("--seed", "-1"), "--seed: '-1': expected a whole number, 0 or more"),
         (("--out", "file"), "--out file is a file: expected a folder"),
         (("--epochs", "0"), "--epochs: '0': expected a whole number, 1 or more"),

@@ -333,9 +333,9 @@ def main(args: argparse.Namespace) -> None:
 
     held_out = held_out_batches(cfg, sources, args.seed, args.mask) if run.rank == 0 else {}
     steps.start = run.step
+    run.begin(steps.total, peak)  # before workers inherit what a signal does
     loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
     batches = engine.start_workers(loader)
-    run.begin(steps.total, peak)
     while run.step < steps.total and not run.stop:
         epoch, kind, _ = steps.at(run.step)
         lr = learning_rate(run.step, steps.total, args.lr)
