@@ -107,7 +107,8 @@ class Run:
 
         self.seed = args.seed
         self.step = self.read = self.unreadable = 0  # saved with the model
-        self.signalled = self.stop = self.due = False  # a signal came; all ranks stop; time to save
+        self.signalled = None  # the number of the signal that came
+        self.stop = self.due = False  # all ranks stop; it is time to save
         self.lost = 0  # files that could not be read since the ranks last agreed
         self.named = set()  # messages that were printed
         self.losses = []  # not looked at yet
@@ -136,7 +137,7 @@ class Run:
         """The loop of `total` steps begins, on devices of `peak` FLOP/s. From now on SIGINT and SIGTERM
         finish the step, save and exit."""
         for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, lambda *_: setattr(self, "signalled", True))
+            signal.signal(which, lambda number, _: setattr(self, "signalled", number))
         self.total, self.peak, self.first, self.began = total, peak, self.step, time.monotonic()
         self.begin_window()
 
@@ -259,7 +260,7 @@ class Run:
         that waits for the device; then this step's mean loss is returned, else None."""
         self.losses.append(loss)
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
-        self.stop, self.due, lost = self.sum(self.signalled, due, self.lost)
+        self.stop, self.due, lost = self.sum(bool(self.signalled), due, self.lost)
         self.read, self.unreadable, self.lost = self.read + files, self.unreadable + int(lost), 0
         if not (pause or self.stop or self.due):
             return None
@@ -466,7 +467,9 @@ def option_parser(description: str, usage: str) -> argparse.ArgumentParser:
     def form(prog):
         return argparse.HelpFormatter(prog, max_help_position=27, width=100)
 
-    return argparse.ArgumentParser(description=description, usage=usage, formatter_class=form)
+    return argparse.ArgumentParser(
+        description=description, usage=usage, formatter_class=form, allow_abbrev=False
+    )
 
 
 def option_group(parser: argparse.ArgumentParser, title: str):
@@ -507,14 +510,15 @@ NO_MEMORY = "(out of|allocate) memory|ALLOC_FAILED"  # in what PyTorch says
 
 
 def run_script(main, parse_args) -> None:
-    """What a user can cause ends in a sentence, not in a traceback."""
-    name = Path(sys.argv[0]).name
+    """What a user can cause ends in a sentence, not in a traceback. `main` returns the signal that
+    stopped it, if any: the script then ends by it, so that a shell's loop or && ends, too."""
+    name, stopped_by = Path(sys.argv[0]).name, None
     try:
-        main(parse_args())
+        stopped_by = main(parse_args())
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
-        hint = "; what was saved stays: try a lower --lr or --dtype float32"
+        hint = "; what was saved stays: try a lower --lr or --dtype float32, with another --out"
         hint = hint if isinstance(error, FloatingPointError) else ""
         reason = str(error).rsplit("ValueError: ", 1)[-1].strip()  # a worker's comes as a traceback
         sys.exit(f"{name}: {reason}{hint}")
@@ -533,8 +537,12 @@ def run_script(main, parse_args) -> None:
             "--checkpoint-activations"
         )
     except KeyboardInterrupt:
-        sys.exit(130)
+        stopped_by = signal.SIGINT
     finally:  # loader workers are deaf to the signal with which Python would end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
+    if stopped_by:
+        sys.stdout.flush()
+        signal.signal(stopped_by, signal.SIG_DFL)
+        os.kill(os.getpid(), stopped_by)

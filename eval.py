@@ -317,6 +317,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("expected one of these: --images DIR, --videos DIR, files")
     if folders := [path for path in args.files if Path(path).is_dir()]:
         parser.error(f"{folders[0]} is a folder: expected files, or --images or --videos before it")
+    if args.views and args.images:
+        parser.error("--views is for videos: an image is one view")
     if args.predictions and args.files:
         parser.error("--predictions is for a data set: expected --images DIR or --videos DIR")
     if args.predictions and Path(args.predictions).is_dir():
@@ -349,6 +351,8 @@ def main(args: argparse.Namespace) -> None:
     args.views, args.seed = args.views or (5, 3), args.seed or 0
     run = engine.Run(args)
     model.to(run.device)
+    if args.predictions and run.rank == 0:
+        open(args.predictions, "a").close()  # that it cannot be written is known before the work
     if not args.files:
         evaluate(model, args, run)
     elif run.rank == 0:

@@ -189,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layer-decay", "of the rate, from layer to layer " + shown("layer_decay"), type=engine.amount)
     add("--drop-path", "share of samples that skip a branch of the last block " + shown("drop_path"), type=engine.share)
     add("--augment", "full: crop of 8 to 100 %% of the area, flip (images), RandAugment, erasing, MixUp or CutMix; crop: of 50 to 100 %%, flip (images) " + shown("augment"), choices=["full", "crop"])
-    add("--freeze", "train norm and head only, without drop path", action="store_true")
+    add("--freeze", "train norm and head only, by default without drop path", action="store_true")
     add("--seed", "of everything random", type=engine.whole, default=0)
     # fmt: on
     engine.machine_options(parser)
@@ -214,7 +214,7 @@ def fill_in(args: argparse.Namespace, kind: str) -> None:
             setattr(args, key, value)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int | None:
     kind = "images" if args.images else "videos"
     start = None if args.checkpoint == "scratch" else omnimae.load_checkpoint(args.checkpoint)
     args.model = engine.size_name(start.cfg) if start else args.model
@@ -310,8 +310,9 @@ def main(args: argparse.Namespace) -> None:
             run.save(model, optimizer, classes=classes, best=best)
     if run.step < steps.total:
         run.print(f"stopped and saved after step {run.step:,}; the same command goes on from there")
-    else:
-        run.print(f"all {steps.total:,} steps are done: {run.out}/best.pt has top-1 {best:.2f} %")
+        return run.signalled
+    run.print(f"all {steps.total:,} steps are done: {run.out}/best.pt has top-1 {best:.2f} %")
+    return None
 
 
 if __name__ == "__main__":

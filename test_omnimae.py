@@ -1714,6 +1714,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     for module, options, words in (
         (evaluation, ("--checkpoint", tuned), "expected one of these: --images DIR, --videos DIR, files"),
         (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected CLIPSxCROPS, 1 or 3 crops, as 5x3"),
+        (evaluation, ("--checkpoint", tuned, "--images", images, "--views", "5x3"), "--views is for videos"),
         (evaluation, ("--checkpoint", pretrained, image, "--out", image), "is a file: expected a folder"),
         (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
         (evaluation, ("--checkpoint", tuned, image, "--predictions", "a.csv"), "--predictions is for a data set"),
@@ -1971,6 +1972,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_within_seconds(demo, tmp_path
         said = process.communicate()[0]
         assert time.monotonic() - sent < 15
         assert "stopped and saved after step" in said, said
+        assert process.returncode == (1 if processes else -number)
         assert omnimae.read_checkpoint(out / "last.pt")["step"] < 20
         assert "going on after step" in start(*command, processes=processes).communicate()[0]
     assert_same_run(tmp_path / "whole", tmp_path / "one")

@@ -186,8 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", "not on biases and LayerNorm", type=engine.amount, default=0.05)
     add("--image-views", "views of an image in a step", type=engine.positive, default=1)
     add("--video-views", "views of a video in a step, decoded once", type=engine.positive, default=4)
-    add("--image-mask-ratio", "share masked (default: 0.90; demo: 0.75)", type=engine.share)
-    add("--video-mask-ratio", "share masked (default: 0.95; demo: 0.90)", type=engine.share)
+    add("--image-mask-ratio", "share masked (default: 0.90; demo model: 0.75)", type=engine.share)
+    add("--video-mask-ratio", "share masked (default: 0.95; demo model: 0.90)", type=engine.share)
     add("--mask", "how clips are masked", default="random", choices=["random", "tube"])
     add("--seed", "of everything random", type=engine.whole, default=0)
     add = engine.option_group(parser, "benchmark")
@@ -268,7 +268,7 @@ def show_held_out(model: omnimae.OmniMAE, held_out: dict, run: engine.Run) -> No
     run.print(f"step {run.step:6d}  held out: {'; '.join(shown)}")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int | None:
     run = engine.Run(args)
 
     # The data
@@ -360,8 +360,9 @@ def main(args: argparse.Namespace) -> None:
             run.save(model, optimizer)
     if run.step < steps.total:
         run.print(f"stopped and saved after step {run.step:,}; the same command goes on from there")
-    else:
-        run.print(f"all {steps.total:,} steps are done: {run.out}/last.pt is the model")
+        return run.signalled
+    run.print(f"all {steps.total:,} steps are done: {run.out}/last.pt is the model")
+    return None
 
 
 if __name__ == "__main__":
