@@ -55,7 +55,7 @@ def ignore_signals(_worker: int) -> None:
 
 
 def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, collate) -> DataLoader:
-    """A loader; its one pool of workers serves images and videos. `steps` says what each batch holds."""
+    """A loader, whose workers serve images and videos. `steps` says what each batch holds."""
     return DataLoader(
         dataset, batch_sampler=steps, num_workers=workers, persistent_workers=workers > 0,
         collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
@@ -63,8 +63,8 @@ def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, col
 
 
 def start_workers(loader: DataLoader) -> Iterator:
-    """Its batches. Workers are forked here, once, and after a rest: in Python 3.11 a child hangs that
-    is forked while a thread of gloo's takes the interpreter's lock, as it does after a collective."""
+    """A loader's batches. Workers are forked here, once, and after a rest: in Python 3.11 a child
+    hangs that is forked while gloo's thread takes the interpreter's lock, as after a collective."""
     time.sleep(0.1)
     return iter(loader)
 

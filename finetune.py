@@ -238,7 +238,7 @@ def main(args: argparse.Namespace) -> int | None:
     cfg = start.cfg if start else omnimae.MODELS[args.model]
     model = build(args, kind, cfg, classes, start).to(run.device)
     groups = parameter_groups(model, args.layer_decay, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)  # lr: every step
     last = run.open(args, {kind: num, "classes": len(classes)}, model, optimizer)
     if last.get("classes", classes) != classes:
         raise ValueError(f"{run.out} is of a run on other classes: choose another --out")

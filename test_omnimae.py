@@ -1379,7 +1379,7 @@ def test_workers_of_finetuning_start_once(finetuning, monkeypatch):
     monkeypatch.setattr(engine.Run, "agree", watched)
     finetuning("--workers", 1, out="run")
     assert len(workers) == 6 and len(workers[0]) == 2  # of training and of validation
-    assert all(now == workers[0] for now in workers)
+    assert all(later == workers[0] for later in workers)
 
 
 def test_a_run_saves_classes_and_the_best_epoch(finetuning):

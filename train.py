@@ -297,7 +297,7 @@ def main(args: argparse.Namespace) -> int | None:
     vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and LayerNorm: no decay
     optimizer = torch.optim.AdamW(
         [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=0.0, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True,
+        lr=0.0, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True,  # lr: at every step
     )  # fmt: skip
     if not args.benchmark:
         run.open(args, sizes, model, optimizer)
