@@ -271,8 +271,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
+        if torch.is_autocast_enabled("cpu"):
+            qkv = qkv.float()  # there, the backward pass in bfloat16 takes up to four times as long
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads)
+        with torch.autocast("cpu", enabled=False):
+            x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 

@@ -358,6 +358,21 @@ def test_drop_path_leaves_out_samples_in_training_only():
     assert torch.equal(model.features(images()), model.features(images()))
 
 
+def test_in_autocast_a_cpu_computes_attention_in_float32(monkeypatch):
+    attend, dtypes = F.scaled_dot_product_attention, []
+
+    def recorded(q, k, v):
+        out = attend(q, k, v)
+        dtypes.extend([q.dtype, out.dtype])
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    attention = omnimae.Attention(dim=8, heads=2, qkv_bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(torch.randn(1, 5, 8)).dtype == torch.bfloat16
+    assert dtypes == [torch.float32, torch.float32]
+
+
 def test_activation_checkpointing_changes_no_gradient(tiny):
     def gradients():
         tiny.zero_grad()
