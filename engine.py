@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import omnimae
 
-# options that may change when a run goes on
+# options that may change when a run goes on; the precision that comes of the first two may not
 RESUMABLE = {
-    "images", "videos", "out", "device", "dtype", "micro_batch", "compile", "checkpoint_activations",
-    "workers", "log_every", "save_minutes", "benchmark", "json",
+    "device", "dtype", "images", "videos", "out", "micro_batch", "compile", "checkpoint_activations",
+    "workers", "log_every", "save_minutes",
 }  # fmt: skip
 
 
@@ -63,8 +63,8 @@ def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, col
 
 
 def start_workers(loader: DataLoader) -> Iterator:
-    """A loader's batches. Workers are forked here, once, and after a rest: in Python 3.11 a child
-    hangs that is forked while gloo's thread takes the interpreter's lock, as after a collective."""
+    """A loader's batches. Its workers are started here, once, and after a rest: a process that Python
+    3.11 forks hangs if gloo's thread is just taking the interpreter's lock, as after a collective."""
     time.sleep(0.1)
     return iter(loader)
 
@@ -106,11 +106,12 @@ class Run:
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
 
         self.seed = args.seed
-        self.step = self.read = self.unreadable = 0  # saved with the model
+        self.step = 0  # this and the next two are saved with the model
+        self.tried = self.unreadable = 0  # files, over all ranks
+        self.broken = 0  # files that this rank could not read since the ranks last agreed
         self.signalled = None  # the number of the signal that came
         self.stop = self.due = False  # all ranks stop; it is time to save
-        self.lost = 0  # files that could not be read since the ranks last agreed
-        self.named = set()  # messages that were printed
+        self.named = set()  # messages about files, which are printed once
         self.losses = []  # not looked at yet
         self.save_seconds, self.saved = args.save_minutes * 60, time.monotonic()
         self.begin_window()
@@ -145,8 +146,8 @@ class Run:
 
     def open(self, args: argparse.Namespace, data: dict, model, optimizer) -> dict:
         """Make the folder this process's own, and go on from `last.pt`, if it is there, whose content
-        it returns. It must be of a run on data with the same counts and with the same options, except
-        those in RESUMABLE."""
+        it returns. It must be of a run of a model of the same sizes, on data with the same counts, with
+        the same options except those in RESUMABLE."""
         self.out = Path(args.out)
         if self.out.is_file():
             raise ValueError(f"--out {self.out} is a file: expected a folder")
@@ -162,7 +163,7 @@ class Run:
             except OSError:
                 pass  # a file system without locks
         self.settings = {key: value for key, value in vars(args).items() if key not in RESUMABLE}
-        self.settings |= {"data": data, "precision": str(self.dtype)}
+        self.settings |= {"data": data, "precision": str(self.dtype)} | asdict(model.cfg)
         log, path = self.out / "log.jsonl", self.out / "last.pt"
         lines, file = [], {}
         if path.exists():
@@ -177,7 +178,7 @@ class Run:
             model.load_state_dict(file["model"])
             optimizer.load_state_dict(file["optimizer"])
             self.scaler.load_state_dict(file["scaler"])
-            self.step, self.read, self.unreadable = file["step"], file["read"], file["unreadable"]
+            self.step, self.tried, self.unreadable = file["step"], file["tried"], file["unreadable"]
             self.print(f"{self.out}: going on after step {self.step:,}")
             if self.rank == 0 and log.exists():  # what was logged later will be logged again
                 lines = log.read_text().splitlines(keepends=True)
@@ -199,7 +200,7 @@ class Run:
             state = {
                 "config": asdict(model.cfg), "model": model.state_dict(), "settings": self.settings,
                 "optimizer": optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "step": self.step, "read": self.read, "unreadable": self.unreadable, **more,
+                "step": self.step, "tried": self.tried, "unreadable": self.unreadable, **more,
             }  # fmt: skip
             replace_file(self.out / name, lambda file: torch.save(state, file))
         self.saved = time.monotonic()
@@ -212,6 +213,12 @@ class Run:
     def print(self, text: str) -> None:
         if self.rank == 0:
             print(text, flush=True)
+
+    def name(self, unreadable: list[str]) -> None:
+        """Print what is wrong with files, on any rank, once."""
+        for message in set(unreadable) - self.named:
+            print(message, file=sys.stderr, flush=True)
+        self.named.update(unreadable)
 
     # The loop's parts
 
@@ -244,24 +251,24 @@ class Run:
         during the last one's backward pass."""
         for micro in range(1, accumulate + 1):
             before = time.monotonic()
-            *batch, broken = next(batches)
+            *batch, unreadable = next(batches)
             self.waited += time.monotonic() - before
-            self.lost += len(broken)
-            for message in set(broken) - self.named:
-                print(message, file=sys.stderr, flush=True)
-            self.named.update(broken)
+            self.broken += len(unreadable)
+            self.name(unreadable)
             seed_all(self.seed, self.step, self.rank, micro)  # drop path, MixUp
             with nullcontext() if micro == accumulate or self.world == 1 else model.no_sync():
                 yield [tensor.to(self.device, non_blocking=True) for tensor in batch]
 
     def agree(self, loss: torch.Tensor, files: int, pause: bool) -> float | None:
-        """After a step that read `files` files: sum flags and counts over the ranks, so that all log,
+        """After a step that took `files` files: sum flags and counts over the ranks, so that all log,
         save, stop or fail together. The losses are looked at only at a pause or before saving, because
         that waits for the device; then this step's mean loss is returned, else None."""
         self.losses.append(loss)
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
-        self.stop, self.due, lost = self.sum(bool(self.signalled), due, self.lost)
-        self.read, self.unreadable, self.lost = self.read + files, self.unreadable + int(lost), 0
+        self.stop, self.due, broken = self.sum(bool(self.signalled), due, self.broken)
+        self.tried += files + int(broken)  # for each of these, another was tried
+        self.unreadable += int(broken)
+        self.broken = 0
         if not (pause or self.stop or self.due):
             return None
         losses = self.sum(*torch.stack(self.losses).tolist())
@@ -269,9 +276,9 @@ class Run:
             if not math.isfinite(total):
                 raise FloatingPointError(f"the loss of step {step} is {total}")
         self.losses.clear()
-        if self.read >= 100 and self.unreadable > 0.1 * self.read:
+        if self.tried >= 100 and self.unreadable > 0.1 * self.tried:
             raise ValueError(
-                f"{self.unreadable:,} of the {self.read:,} files read so far cannot be read, more "
+                f"{self.unreadable:,} of the {self.tried:,} files tried so far cannot be read, more "
                 "than 10 %: see the messages above"
             )
         return losses[-1] / self.world
@@ -307,9 +314,14 @@ def choose_dtype(name: str | None, device: torch.device, model: str) -> torch.dt
 
 
 def size_name(cfg: omnimae.OmniMAEConfig) -> str:
-    """The name of a config's size, such as "vit_b"."""
-    sizes = {(size.dim, size.image_size): name for name, size in omnimae.MODELS.items()}
-    return sizes.get((cfg.dim, cfg.image_size), "other")
+    """The name of a config's size, such as "vit_b", whatever its mask ratios; else "other"."""
+
+    def size(cfg):
+        return replace(cfg, decoder_qkv_bias=False, image_mask_ratio=0, video_mask_ratio=0)
+
+    return next(
+        (name for name in omnimae.MODELS if size(omnimae.MODELS[name]) == size(cfg)), "other"
+    )
 
 
 def demo_data(kind: str, run: Run) -> str:
@@ -539,7 +551,7 @@ def run_script(main, parse_args) -> None:
     except KeyboardInterrupt:
         stopped_by = signal.SIGINT
     finally:  # loader workers are deaf to the signal with which Python would end them
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would raise for a killed worker
         for worker in multiprocessing.active_children():
             worker.kill()
     if stopped_by:

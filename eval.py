@@ -14,7 +14,6 @@ import csv
 import math
 import os
 import re
-import sys
 from operator import itemgetter
 from pathlib import Path
 
@@ -157,7 +156,7 @@ def accuracy(
     model.eval()
     for i, pixels, error in loader:
         if error:
-            print(error, file=sys.stderr, flush=True)
+            run.name([error])
         else:
             index.append(i)
             x.append(crop_views(pixels.to(run.device), model.cfg.image_size, num_crops))

@@ -49,7 +49,7 @@ DEMO = {  # small models and small data need rates, not regularisation
 }  # fmt: skip
 LABEL_SMOOTHING = 0.1
 ERASING = 0.25  # of the samples; a box of 2 to 33 % of the area
-MIXUP, CUTMIX = 0.8, 1.0  # of the beta distributions; every batch gets one or the other
+MIXUP, CUTMIX = 0.8, 1.0  # of the beta distributions; every micro-batch gets one or the other
 
 # ------------------------------------------------------------------------------------------------
 # Augmentation
@@ -202,7 +202,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, kind: str) -> None:
-    """What was not given, from the recipe; the rate in proportion to the batch size."""
+    """What was not given, from the recipe, and its `warmup`, which is not an option; the rate in
+    proportion to the batch size."""
     recipe = RECIPES[kind] | LARGER.get(args.model, {})
     if "demo" in (args.model, getattr(args, kind)):
         recipe = DEMO
@@ -258,10 +259,14 @@ def main(args: argparse.Namespace) -> int | None:
         f"{run.world} x {run.device.type}\n{num:,} {kind} of {len(classes)} classes: "
         f"{steps.total:,} steps of {args.batch_size} in {args.epochs} epochs; see {run.out}/"
     )
+    if args.augment == "full" and steps.micro == 1:
+        run.print(
+            "MixUp and CutMix do nothing: in micro-batches of 1 they have no other to mix with"
+        )
 
     steps.start = run.step
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
-    run.begin(steps.total, peak)  # before workers inherit what a signal does
+    run.begin(steps.total, peak)  # before workers are forked, which inherit what a signal does
     loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
     batches = engine.start_workers(loader)
     validation = file_loader(kind, held_out, cfg, 1, run)  # one view of each, for speed

@@ -202,7 +202,7 @@ def random_mask(
     batch: int,
     grid: tuple[int, int, int],
     ratio: float,
-    kind: str = "random",
+    mask_kind: str = "random",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """bool (B, N), True = masked: int(ratio * N) patches of each sample, drawn uniformly.
@@ -210,9 +210,9 @@ def random_mask(
     "random" draws over time and space at once; "tube" draws once over space and repeats that over
     time, so it masks T/t * int(ratio * H/h * W/w) patches.
     """
-    if kind not in ("random", "tube"):
-        raise ValueError(f"masking {kind!r}: expected 'random' or 'tube'")
-    repeats = grid[0] if kind == "tube" else 1
+    if mask_kind not in ("random", "tube"):
+        raise ValueError(f"masking {mask_kind!r}: expected 'random' or 'tube'")
+    repeats = grid[0] if mask_kind == "tube" else 1
     num = math.prod(grid) // repeats
     masked = int(ratio * num)
     if not 0 < masked < num:
@@ -274,7 +274,7 @@ class Attention(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             qkv = qkv.float()  # there, the backward pass in bfloat16 takes up to four times as long
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False):  # which would cast them back
             x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 

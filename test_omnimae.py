@@ -1036,7 +1036,8 @@ def test_held_out_views_take_the_runs_masks_and_name_broken_files(demo, tmp_path
     broken.write_text("no picture")
     sources = {kind: tmp_path / "demo" / kind for kind in train.KINDS}
     cfg = MODELS["demo"]
-    batches = train.held_out_batches(cfg, sources, 0, "tube")
+    run = engine.Run(train.parse_args(["--model", "demo"]))
+    batches = train.held_out_batches(cfg, sources, "tube", run)
     _, visible, _ = batches["videos"]  # (B, V)
     slots = visible.unflatten(1, (cfg.grid[0], -1)) % math.prod(cfg.grid[1:])
     assert (slots == slots[:, :1]).all()  # the same places at all times
@@ -1074,9 +1075,11 @@ def test_an_unreadable_file_is_named_once_and_replaced(pretrain, demo, tmp_path,
     for path in list((tmp_path / "data/images/train").rglob("*.JPEG"))[::3]:
         path.write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"of the \d+ files read so far cannot be read, more than 10 %"
-    ):
+        ValueError, match=r"files tried so far cannot be read, more than 10"
+    ) as error:
         pretrain("--epochs", 20, out="bad", data=data[:2])
+    unreadable, tried = map(int, re.findall(r"\d+", str(error.value))[:2])
+    assert 100 <= tried and unreadable / tried == pytest.approx(1 / 3, abs=0.1)
     assert not (tmp_path / "bad" / "last.pt").exists()
 
 
@@ -1099,12 +1102,28 @@ def test_a_loss_that_is_not_finite_ends_the_run(pretrain, monkeypatch):
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
-def test_another_runs_folder_is_refused(pretrain):
+@pytest.mark.parametrize(
+    ("cfg", "name"),
+    [
+        (MODELS["vit_b"], "vit_b"),
+        (replace(MODELS["vit_l"], decoder_qkv_bias=True, video_mask_ratio=0.9), "vit_l"),
+        (replace(MODELS["vit_b"], decoder_depth=2), "other"),
+    ],
+)
+def test_the_name_of_a_size(cfg, name):
+    assert engine.size_name(cfg) == name
+
+
+def test_another_runs_folder_is_refused(pretrain, monkeypatch):
     out = pretrain()
     with pytest.raises(
         ValueError, match=r"of a run with seed 0, this one has 1: choose another --out"
     ):
         pretrain("--seed", 1)
+    with monkeypatch.context() as patch:  # as someone does who edits MODELS
+        patch.setitem(MODELS, "demo", replace(MODELS["demo"], heads=8))
+        with pytest.raises(ValueError, match=r"of a run with heads 4, this one has 8: choose"):
+            pretrain()
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:5000])
     with pytest.raises(ValueError, match="last.pt: not a checkpoint: truncated"):
         pretrain()
@@ -1433,6 +1452,12 @@ def test_finetuning_starts_from_the_encoder(pretrain, finetuning, demo):
 )
 def test_options_of_finetuning_run(finetuning, options):
     assert log(finetuning(*options, "--epochs", 1))[0] == pytest.approx(math.log(8), abs=0.05)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_of_one_sample_say_that_nothing_is_mixed(finetuning, capsys, micro):
+    finetuning("--augment", "full", "--micro-batch", micro, "--epochs", 1)
+    assert ("MixUp and CutMix do nothing" in capsys.readouterr().out) == (micro == 1)
 
 
 # ------------------------------------------------------------------------------------------------

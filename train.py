@@ -16,7 +16,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -50,7 +49,8 @@ def shuffled(num: int, *key: int) -> np.ndarray:
 
 class Steps:
     """The order of a run, for a DataLoader's `batch_sampler`: from step `start` on, this rank's
-    micro-batches, each a list of (kind, epoch, index of the file, first view, number of views).
+    micro-batches, each a list of (kind, epoch, index of the file, first view, number of views). The
+    first view is 0, unless the files are so few that one comes up again within an epoch.
 
     An epoch has as many views as there are files: every image once, or, with 4 views of each, a
     quarter of the videos. A step is all images or all videos, in one random order that all ranks
@@ -87,14 +87,14 @@ class Steps:
         order = shuffled(num, self.seed, epoch, 1 + KINDS.index(kind))
         files = self.batch // views
         return [
-            (kind, epoch, int(order[at % num]), at // num * views, views)
-            for at in range(before * files, (before + 1) * files)
+            (kind, epoch, int(order[place % num]), place // num * views, views)
+            for place in range(before * files, (before + 1) * files)
         ]
 
     def __iter__(self) -> Iterator[list[tuple]]:
         for step in range(self.start, self.total):
             samples = self.samples(step)
-            files = self.micro // samples[0][-1]  # of a micro-batch
+            files = self.micro // self.views[samples[0][0]]  # of a micro-batch
             for i in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
                 yield samples[i * files : (i + 1) * files]
 
@@ -105,10 +105,10 @@ class Views(Dataset):
     A file that cannot be read is replaced by another of its data set, and reported.
     """
 
-    def __init__(self, cfg, listings: dict, seed: int, mask_kind: str = "random", held_out=False):
+    def __init__(self, cfg, paths: dict, seed: int, mask_kind: str = "random", held_out=False):
         self.cfg, self.seed, self.mask_kind = cfg, seed, mask_kind
         # arrays: reference counts would make every worker copy a list of a million strings
-        self.paths = {k: np.array([os.fsencode(p) for p in v]) for k, v in listings.items()}
+        self.paths = {k: np.array([os.fsencode(p) for p in v]) for k, v in paths.items()}
         size = cfg.image_size
         crop = v2.RandomResizedCrop(size, (0.2, 1), interpolation=InterpolationMode.BICUBIC)
         self.crop = {
@@ -149,6 +149,7 @@ class Views(Dataset):
         pixels, visible = [], []
         for view in range(first, first + views):
             engine.seed_all(self.seed, epoch, index, KINDS.index(kind), view)
+            # channels last, as in a patch: `patchify` copies that faster
             pixels.append(self.crop[kind](media).movedim(-3, -1).contiguous())
             mask = omnimae.random_mask(1, grid, ratio, self.mask_kind)
             visible.append((~mask[0]).nonzero()[:, 0])
@@ -231,7 +232,7 @@ def start_from(name: str, model: str, cfg: omnimae.OmniMAEConfig) -> omnimae.Omn
     return loaded.train()
 
 
-def held_out_batches(cfg, sources: dict, seed: int, mask_kind: str) -> dict:
+def held_out_batches(cfg, sources: dict, mask_kind: str, run: engine.Run) -> dict:
     """Centre crops and masks, the same all through a run: 32 images and 8 clips of the validation
     part, or of the training part where there is none."""
     batches = {}
@@ -240,11 +241,10 @@ def held_out_batches(cfg, sources: dict, seed: int, mask_kind: str) -> dict:
         if not own:
             print(f"{root} has no validation part: its held-out loss is of files trained on")
         paths = omnimae.list_media(root, kind, "val" if own else "train").paths
-        views = Views(cfg, {kind: paths}, seed, mask_kind, held_out=True)
+        views = Views(cfg, {kind: paths}, run.seed, mask_kind, held_out=True)
         at = np.linspace(0, len(paths) - 1, min(len(paths), {"images": 32, "videos": 8}[kind]))
         batches[kind] = collate([views[kind, 0, int(i), 0, 1] for i in at])
-        for message in batches[kind][-1]:
-            print(message, file=sys.stderr)
+        run.name(batches[kind][-1])
     return batches
 
 
@@ -259,7 +259,8 @@ def show_held_out(model: omnimae.OmniMAE, held_out: dict, run: engine.Run) -> No
             loss, _, mask = model(x, visible.to(run.device))
             picture = omnimae.draw_reconstruction(model, x[0], mask[0])
         patches, _ = omnimae.to_patches(x, model.cfg)
-        target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(patches[mask][None]))
+        masked = patches[mask][None]  # (1, B M, P)
+        target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked))
         loss, zero = loss.item(), target.square().mean().item()
         (run.out / "pictures").mkdir(exist_ok=True)
         picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
@@ -276,8 +277,8 @@ def main(args: argparse.Namespace) -> int | None:
     sources = {
         k: engine.demo_data(k, run) if root == "demo" else root for k, root in sources.items()
     }
-    listings = {kind: omnimae.list_media(root, kind).paths for kind, root in sources.items()}
-    sizes = {kind: len(paths) for kind, paths in listings.items()}
+    paths = {kind: omnimae.list_media(root, kind).paths for kind, root in sources.items()}
+    sizes = {kind: len(files) for kind, files in paths.items()}
     views = {"images": args.image_views, "videos": args.video_views}
     how = {"views": views, "batch": args.batch_size, "epochs": args.epochs, "seed": args.seed}
     how |= {"rank": run.rank, "world": run.world, "micro": args.micro_batch}
@@ -318,7 +319,7 @@ def main(args: argparse.Namespace) -> int | None:
         optimizer.zero_grad()
         return total
 
-    dataset = Views(cfg, listings, args.seed, args.mask)
+    dataset = Views(cfg, paths, args.seed, args.mask)
     if args.benchmark:
         samplers = {kind: Steps({kind: size}, **how) for kind, size in sizes.items()}
         return engine.benchmark(args, run, cfg, samplers, dataset, collate, update)
@@ -331,9 +332,9 @@ def main(args: argparse.Namespace) -> int | None:
         f"{steps.total:,} steps of {args.batch_size} views in {args.epochs} epochs; see {run.out}/"
     )
 
-    held_out = held_out_batches(cfg, sources, args.seed, args.mask) if run.rank == 0 else {}
+    held_out = held_out_batches(cfg, sources, args.mask, run) if run.rank == 0 else {}
     steps.start = run.step
-    run.begin(steps.total, peak)  # before workers inherit what a signal does
+    run.begin(steps.total, peak)  # before workers are forked, which inherit what a signal does
     loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
     batches = engine.start_workers(loader)
     while run.step < steps.total and not run.stop:
