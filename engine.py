@@ -319,9 +319,8 @@ def size_name(cfg: omnimae.OmniMAEConfig) -> str:
     def size(cfg):
         return replace(cfg, decoder_qkv_bias=False, image_mask_ratio=0, video_mask_ratio=0)
 
-    return next(
-        (name for name in omnimae.MODELS if size(omnimae.MODELS[name]) == size(cfg)), "other"
-    )
+    names = {size(other): name for name, other in omnimae.MODELS.items()}
+    return names.get(size(cfg), "other")
 
 
 def demo_data(kind: str, run: Run) -> str:
