@@ -152,8 +152,11 @@ class Run:
         if self.out.is_file():
             raise ValueError(f"--out {self.out} is a file: expected a folder")
         if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / "args.json", "a")  # noqa: SIM115 (held until the process ends)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.out / "args.json", "a")  # noqa: SIM115 (held until the process ends)
+            except OSError as error:
+                raise OSError(f"--out {self.out} cannot be made or written: {error}") from error
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
