@@ -54,10 +54,12 @@ def ignore_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def make_loader(dataset: Dataset, steps, workers: int, device: torch.device, collate) -> DataLoader:
-    """A loader, whose workers serve images and videos. `steps` says what each batch holds."""
+def make_loader(
+    dataset: Dataset, batches, workers: int, device: torch.device, collate
+) -> DataLoader:
+    """A loader of the batches that the sampler `batches` lists, be they of images or of videos."""
     return DataLoader(
-        dataset, batch_sampler=steps, num_workers=workers, persistent_workers=workers > 0,
+        dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
         collate_fn=collate, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
 
@@ -145,9 +147,9 @@ class Run:
     # The folder
 
     def open(self, args: argparse.Namespace, data: dict, model, optimizer) -> dict:
-        """Make the folder this process's own, and go on from `last.pt`, if it is there, whose content
-        it returns. It must be of a run of a model of the same sizes, on data with the same counts, with
-        the same options except those in RESUMABLE."""
+        """Make the folder this process's own, and go on from `last.pt`: returns its content, or {} if
+        there is none. It must be of a run with the same sizes of the model, counts of the data,
+        precision, and options except those in RESUMABLE."""
         self.out = Path(args.out)
         if self.out.is_file():
             raise ValueError(f"--out {self.out} is a file: expected a folder")
@@ -262,17 +264,17 @@ class Run:
             with nullcontext() if micro == accumulate or self.world == 1 else model.no_sync():
                 yield [tensor.to(self.device, non_blocking=True) for tensor in batch]
 
-    def agree(self, loss: torch.Tensor, files: int, pause: bool) -> float | None:
+    def agree(self, loss: torch.Tensor, files: int, want_loss: bool) -> float | None:
         """After a step that took `files` files: sum flags and counts over the ranks, so that all log,
-        save, stop or fail together. The losses are looked at only at a pause or before saving, because
-        that waits for the device; then this step's mean loss is returned, else None."""
+        save, stop or fail together. The losses are looked at only when one is wanted or before saving,
+        because that waits for the device; then this step's mean loss is returned, else None."""
         self.losses.append(loss)
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
         self.stop, self.due, broken = self.sum(bool(self.signalled), due, self.broken)
         self.tried += files + int(broken)  # for each of these, another was tried
         self.unreadable += int(broken)
         self.broken = 0
-        if not (pause or self.stop or self.due):
+        if not (want_loss or self.stop or self.due):
             return None
         losses = self.sum(*torch.stack(self.losses).tolist())
         for step, total in enumerate(losses, self.step + 1 - len(losses)):

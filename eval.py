@@ -122,8 +122,8 @@ class Files(Dataset):
 def file_loader(
     kind: str, listing: omnimae.Listing, cfg, num_clips: int, run: engine.Run
 ) -> DataLoader:
-    """This rank's files of a data set, each of which is one rank's; one at a time, because a clip in
-    its own size can be large."""
+    """A loader of this rank's share of the files: one at a time, because a clip in its own size can be
+    large."""
     files = Files(listing.paths, kind, cfg, num_clips)
     mine = [[i] for i in range(run.rank, len(listing.paths), run.world)]
     loader = engine.make_loader(files, mine, run.workers, run.device, itemgetter(0))
@@ -255,7 +255,7 @@ def predict(model: omnimae.Classifier, args: argparse.Namespace, run: engine.Run
 @torch.no_grad()
 def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: engine.Run) -> None:
     """Draw of each file the original, what the encoder sees, and the reconstruction."""
-    cfg, out = model.cfg, Path(args.out or "reconstructions")
+    cfg, out, names = model.cfg, Path(args.out or "reconstructions"), set()
     for number, path in enumerate(args.files):
         kind = kind_of(path)
         x = crop_views(read_pixels(path, kind, cfg, 1).to(run.device), cfg.image_size, 1)
@@ -267,8 +267,9 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: engine.Ru
             picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(run.device))
         out.mkdir(parents=True, exist_ok=True)
         name = out / f"{Path(path).name}.png"
-        if Path(path).name in [Path(other).name for other in args.files[:number]]:
+        while name in names:  # of a file in another folder
             name = out / f"{number}_{name.name}"
+        names.add(name)
         picture.save(name)
         print(name)
         if kind == "videos":  # a frame's three panels are a column of the picture, borders 2 wide

@@ -43,7 +43,7 @@ LARGER = {
     "vit_l": {"epochs": 50, "layer_decay": 0.75, "drop_path": 0.2},
     "vit_h": {"epochs": 50, "layer_decay": 0.75, "drop_path": 0.3},
 }
-DEMO = {  # small models and small data need rates, not regularisation
+DEMO = {  # small models and small data: full rates in all layers, little regularisation
     "epochs": 4, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "weight_decay": 0.05,
     "layer_decay": 1.0, "drop_path": 0.0, "augment": "crop",
 }  # fmt: skip

@@ -665,7 +665,7 @@ def has_validation(root: str | os.PathLike, kind: str) -> bool:
 def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> Listing:
     """The "images" or "videos" of a data set's "train" or "val" part, in a fixed order.
 
-    Layouts: ImageNet (train/<class>/*, val/<class>/*), SSv2 (20bn-something-something-v2/*.webm
+    Layouts: ImageNet (train/<class>/*, val/ or validation/<class>/*), SSv2 (20bn-something-something-v2/*.webm
     and labels/*.json), any folder of class folders, a flat folder. ValueError says what is wrong.
     """
     root = Path(root)

@@ -1669,6 +1669,15 @@ def test_pictures_and_films_of_reconstructions(released, demo, tmp_path, capsys)
         assert not np.array_equal(pictures[0], pictures[2])
     assert str(one / "1.webm.mp4") in capsys.readouterr().out
 
+    (
+        tmp_path / "other"
+    ).mkdir()  # files of the same name, and one of the name that tells them apart
+    same, clash = tmp_path / "other" / image.name, tmp_path / "other" / f"1_{image.name}"
+    shutil.copy(image, same)
+    shutil.copy(image, clash)
+    run_eval(*options[:2], image, same, clash, "--out", tmp_path / "four")
+    assert len(list((tmp_path / "four").iterdir())) == 3
+
 
 def test_a_folder_of_class_folders_lends_every_tenth_file(demo, finetuning, tmp_path, capsys):
     clips = sorted((demo / "videos" / "20bn-something-something-v2").iterdir())

@@ -3,8 +3,9 @@
     torchrun train.py --model demo                                   minutes on a laptop's CPU
     torchrun --nproc_per_node=8 train.py --model vit_b --images IN1K --videos SSV2
 
-The same command again goes on where a run stopped. The recipe is the released one for ViT-B
-(paper, appendix): a step takes all its views from one kind of data; AdamW; warm-up and cosine.
+The same command again goes on where a run stopped. The recipe is the released one for ViT-B, where
+the README's table does not say otherwise: a step takes all its views from one kind of data; AdamW;
+warm-up and cosine.
 
 Every random number is a function: of (seed, epoch, sample, view) for crops, flips, windows and
 masks, of (seed, epoch) for the order. So nothing random is saved, and neither the number of
@@ -180,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--videos", "folder of videos, or 'demo'; neither given: both are", metavar="DIR")
     add("--out", "the run's folder (default: runs/MODEL)", metavar="DIR")
     add("--init", "start from a pretraining checkpoint: path, URL or released name", metavar="NAME")
-    add = engine.option_group(parser, "recipe (the released one for ViT-B)")
+    add = engine.option_group(parser, "recipe (for ViT-B; the README says where each value is from)")
     add("--epochs", "each of as many views as there are files (default: 800, the released checkpoints 1600; demo model or data: 12)", type=engine.positive)
     add("--batch-size", "views a step, over all processes (default: 2048; demo model or data: 64)", type=engine.positive)
     add("--lr", "peak learning rate (default: 1.6e-3 * batch size / 2048; demo model: 6e-4)", type=engine.amount)
