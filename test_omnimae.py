@@ -1313,13 +1313,30 @@ def test_rand_augment_is_one_draw_for_all_frames():
     changed = 0
     for seed in range(20):
         torch.manual_seed(seed)
-        clip = finetune.rand_augment(frame.expand(4, -1, -1, -1), 4, 7.0, 0.0, 0.5)
+        clip = finetune.rand_augment(frame.expand(4, -1, -1, -1), 4, 7.0)
         assert clip.shape == (4, 3, 32, 32) and clip.dtype == torch.uint8
         assert all(torch.equal(other, clip[0]) for other in clip)
         torch.manual_seed(seed)
-        assert torch.equal(finetune.rand_augment(frame, 4, 7.0, 0.0, 0.5), clip[0])
+        assert torch.equal(finetune.rand_augment(frame, 4, 7.0), clip[0])
         changed += not torch.equal(clip[0], frame)
     assert changed > 10
+
+
+def test_rand_augment_applies_every_second_operation_at_about_its_magnitude(monkeypatch):
+    bins = []
+
+    class Counted(finetune.v2.RandAugment):
+        def __init__(self, num_ops, magnitude, num_magnitude_bins, interpolation):
+            super().__init__(num_ops, magnitude, num_magnitude_bins, interpolation)
+            bins.append(magnitude)
+
+    monkeypatch.setattr(finetune.v2, "RandAugment", Counted)
+    torch.manual_seed(0)
+    for _ in range(500):
+        finetune.rand_augment(torch.zeros(3, 8, 8, dtype=torch.uint8), 2, 9.0)
+    assert len(bins) == pytest.approx(500, rel=0.1)  # of 1000 drawn
+    assert np.mean(bins) == pytest.approx(90, abs=1)  # of 100: magnitude 9 of 10
+    assert np.std(bins) == pytest.approx(5, rel=0.1)
 
 
 def test_erasing_blackens_images_and_fills_clips_with_noise():
