@@ -174,7 +174,7 @@ class Run:
         if path.exists():
             file = omnimae.read_checkpoint(path)
             old = file.get("settings", {})
-            for key in sorted(self.settings.keys() | old.keys()):
+            for key in ["model", *sorted(self.settings.keys() | old.keys())]:  # which says most
                 if old.get(key) != self.settings.get(key):
                     raise ValueError(
                         f"{path} is of a run with {key} {old.get(key)}, this one has "

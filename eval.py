@@ -282,7 +282,9 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: engine.Ru
 
 def clips_x_crops(text: str) -> tuple[int, int]:
     if not re.fullmatch(r"[1-9]\d?x[13]", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected CLIPSxCROPS, 1 or 3 crops, as 5x3")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected CLIPSxCROPS, 1 to 99 clips, 1 or 3 crops, as 5x3"
+        )
     num_clips, num_crops = map(int, text.split("x"))
     return num_clips, num_crops
 

@@ -1779,7 +1779,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
     assert not (tmp_path / "bad").exists()
     for module, options, words in (
         (evaluation, ("--checkpoint", tuned), "expected one of these: --images DIR, --videos DIR, files"),
-        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected CLIPSxCROPS, 1 or 3 crops, as 5x3"),
+        (evaluation, ("--checkpoint", tuned, image, "--views", "5x2"), "'5x2': expected CLIPSxCROPS, 1 to 99 clips, 1 or 3 crops, as 5x3"),
         (evaluation, ("--checkpoint", tuned, "--images", images, "--views", "5x3"), "--views is for videos"),
         (evaluation, ("--checkpoint", pretrained, image, "--out", image), "is a file: expected a folder"),
         (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
