@@ -49,9 +49,11 @@ def seed_all(*key: int) -> None:
 
 
 def ignore_signals(_worker: int) -> None:
-    """In a loader's worker: a signal to the whole group is for the main process to answer."""
+    """In a loader's worker: a signal to the whole group is for the main process to answer. If that
+    ends while it takes a tensor, a thread here would print a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None
 
 
 def make_loader(
@@ -537,6 +539,8 @@ def run_script(main, parse_args) -> None:
         hint = "; what was saved stays: try a lower --lr or --dtype float32, with another --out"
         hint = hint if isinstance(error, FloatingPointError) else ""
         reason = str(error).rsplit("ValueError: ", 1)[-1].strip()  # a worker's comes as a traceback
+        if isinstance(error, OSError) and error.filename:  # the system's own words
+            reason = f"{error.filename} cannot be read or written: {error.strerror}"
         sys.exit(f"{name}: {reason}{hint}")
     except (RuntimeError, MemoryError) as error:
         if re.search("DataLoader worker|shared memory", str(error)):

@@ -204,7 +204,7 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: engine.Ru
         f"top-5 {top5:.2f} %{f', {unreadable} unreadable counted as wrong' if unreadable else ''}"
     )
     if args.predictions and run.rank == 0:
-        with open(args.predictions, "w", newline="") as file:
+        with open(args.predictions, "w", newline="", errors="surrogateescape") as file:
             writer, ranks = csv.writer(file), range(1, best.shape[1] + 1)
             heads = [f"{what}_{i}" for what in ("best", "probability") for i in ranks]
             writer.writerow(["path", "label", *heads])
@@ -323,10 +323,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--views is for videos: an image is one view")
     if args.predictions and args.files:
         parser.error("--predictions is for a data set: expected --images DIR or --videos DIR")
-    if args.predictions and Path(args.predictions).is_dir():
-        parser.error(f"--predictions {args.predictions} is a folder: expected a file")
-    if args.predictions and not Path(args.predictions).parent.is_dir():
-        parser.error(f"--predictions {args.predictions}: its folder does not exist")
+    if args.predictions:
+        table = Path(args.predictions)
+        if table.is_dir():
+            parser.error(f"--predictions {table} is a folder: expected a file")
+        if not os.access(table if table.exists() else table.parent, os.W_OK):
+            parser.error(f"--predictions {table} cannot be written: expected a file in a folder")
     if args.out and Path(args.out).is_file():
         parser.error(f"--out {args.out} is a file: expected a folder")
     if args.labels and not args.files:
@@ -353,8 +355,6 @@ def main(args: argparse.Namespace) -> None:
     args.views, args.seed = args.views or (5, 3), args.seed or 0
     run = engine.Run(args)
     model.to(run.device)
-    if args.predictions and run.rank == 0:
-        open(args.predictions, "a").close()  # that it cannot be written is known before the work
     if not args.files:
         evaluate(model, args, run)
     elif run.rank == 0:

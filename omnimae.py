@@ -68,9 +68,7 @@ class OmniMAEConfig:
     decoder_dim: int = 384  # D'
     decoder_depth: int = 4
     decoder_heads: int = 16
-    decoder_qkv_bias: bool = (
-        False  # as in the released checkpoints; the released configuration says True
-    )
+    decoder_qkv_bias: bool = False  # as in the released checkpoints (their configuration: True)
     image_mask_ratio: float = 0.90
     video_mask_ratio: float = 0.95
 
@@ -755,6 +753,8 @@ class Video(AbstractContextManager):
     def clip(self, start: float, duration: float, num_frames: int) -> Tensor:
         """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds
         from the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
+        if not (duration > 0 and num_frames > 0):
+            raise ValueError(f"got {num_frames} frames of {duration} s: expected more than none")
         with _errors_name(self.path):
             frames, total = [], 0
             for frame in self._window(start, start + duration):

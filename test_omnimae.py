@@ -753,6 +753,11 @@ def test_a_broken_video_is_a_value_error_with_its_name(tmp_path):
             omnimae.read_clip(tmp_path / name, 0, 2.7, 8)
     with pytest.raises(ValueError, match=r"good.webm.*no frame between 9.000 and 11.700 s"):
         omnimae.read_clip(tmp_path / "good.webm", 9, 2.7, 8)
+    for duration, num_frames in ((0, 8), (-1, 8), (2.7, 0)):  # not the file's fault
+        with pytest.raises(
+            ValueError, match=rf"^got {num_frames} frames of {duration} s: expected"
+        ):
+            omnimae.read_clip(tmp_path / "good.webm", 0, duration, num_frames)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -1184,6 +1189,11 @@ def test_out_of_memory_is_a_sentence():
         engine.run_script(lambda _: torch.empty(2**55), lambda: None)
     with pytest.raises(RuntimeError, match="shapes cannot"):  # a mistake of ours stays a traceback
         engine.run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), lambda: None)
+
+
+def test_what_the_system_refuses_is_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=": .*/gone/x cannot be read or written: No such file or"):
+        engine.run_script(lambda _: (tmp_path / "gone" / "x").mkdir(), lambda: None)
 
 
 class Killed(torch.utils.data.Dataset):
@@ -1637,6 +1647,7 @@ def test_each_file_counts_once_on_any_number_of_processes(demo, tmp_path, capfd)
     for path in files[1:6:2]:
         path.unlink()  # leaves 13
     files[0].write_bytes(b"broken")
+    files[2].rename(os.fsdecode(os.fsencode(files[2].parent) + b"/\xff.JPEG"))  # not UTF-8
     shown = []
     for processes in (1, 2, 3):
         table = tmp_path / f"{processes}.csv"
@@ -1653,8 +1664,10 @@ def test_each_file_counts_once_on_any_number_of_processes(demo, tmp_path, capfd)
             assert done.returncode == 0, errors
         assert errors.count("cannot be read") == 1
         shown.append(output)
-        rows = list(csv.DictReader(table.read_text().splitlines()))
+        text = table.read_text(errors="surrogateescape")
+        rows = list(csv.DictReader(text.splitlines()))
         assert len({row["path"] for row in rows}) == len(rows) == 13
+        assert all(Path(row["path"]).exists() for row in rows)
         right = sum(row["label"] == row["best_1"] for row in rows)
         assert f"13 images, 1 view of each\ntop-1 {100 * right / 13:.2f} %" in output
     assert shown[0] == shown[1] == shown[2] and "1 unreadable counted as wrong" in shown[0]
@@ -1784,7 +1797,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
         (evaluation, ("--checkpoint", pretrained, image, "--out", image), "is a file: expected a folder"),
         (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
         (evaluation, ("--checkpoint", tuned, image, "--predictions", "a.csv"), "--predictions is for a data set"),
-        (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv: its folder does not exist"),
+        (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv cannot be written: expected a file in a folder"),
         (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", tmp_path), "is a folder: expected a file"),
         (evaluation, ("--checkpoint", tuned, "--images", images, "--labels", labels), "--labels is for files: a data set has labels"),
         (finetune, ("--checkpoint", "scratch", "--model", "vit_bb", "--images", images), "did you mean vit_b?"),
