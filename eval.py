@@ -72,8 +72,8 @@ def list_labelled(
 
 def read_pixels(path: str, kind: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> torch.Tensor:
     """uint8. An image (3, S, S): the short side resized to S by PIL, bicubic with antialiasing,
-    and the centre cropped. A video (clips, T, 3, H, W): clips of 2.7 s, the i-th of n
-    starting at i / n of the last possible start."""
+    and the centre cropped. A video (clips, T, 3, H, W): clips of 2.7 s, that start at 0, 1 / n,
+    ..., (n - 1) / n of the last possible start."""
     if kind == "images":
         image = to_pil_image(omnimae.read_image(path))
         image = resize(image, cfg.image_size, InterpolationMode.BICUBIC)
@@ -222,14 +222,14 @@ def kind_of(path: str) -> str:
     return "videos" if path.lower().endswith(omnimae.SUFFIXES["videos"]) else "images"
 
 
-def class_names(model: omnimae.Classifier, labels: str | None) -> list[str]:
+def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
     """From a labels.json, from torchvision for IN1k, from the checkpoint; else indices."""
     num = model.head.out_features
-    if labels:
-        names = omnimae.read_labels(labels)
+    if path:
+        names = omnimae.read_classes(path)
         if len(names) != num:
             raise ValueError(
-                f"{labels} has {len(names)} classes, the checkpoint has {num}: expected the labels "
+                f"{path} has {len(names)} classes, the checkpoint has {num}: expected the labels "
                 "of the data set that it was finetuned on"
             )
         return names

@@ -225,7 +225,7 @@ def main(args: argparse.Namespace) -> int | None:
     root = getattr(args, kind)
     root = engine.demo_data(kind, run) if root == "demo" else root
     listing = list_labelled(root, kind, "train")
-    held_out = list_labelled(root, kind, "val", listing.classes)
+    validation = list_labelled(root, kind, "val", listing.classes)
     num, classes = len(listing.paths), listing.classes
     if len(classes) < 2:
         raise ValueError(f"{root} has {kind} of one class, {classes[0]!r}: expected at least two")
@@ -239,10 +239,10 @@ def main(args: argparse.Namespace) -> int | None:
     model = build(args, kind, cfg, classes, start).to(run.device)
     groups = parameter_groups(model, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)  # lr: every step
-    last = run.open(args, {kind: num, "classes": len(classes)}, model, optimizer)
-    if last.get("classes", classes) != classes:
+    saved = run.open(args, {kind: num, "classes": len(classes)}, model, optimizer)
+    if saved.get("classes", classes) != classes:
         raise ValueError(f"{run.out} is of a run on other classes: choose another --out")
-    best = last.get("best", -1.0)
+    best = saved.get("best", -1.0)
     if args.compile:
         model.compile(dynamic=False)
     parallel = run.parallel(model, args.compress_gradients)
@@ -268,7 +268,7 @@ def main(args: argparse.Namespace) -> int | None:
     run.begin(steps.total, peak)  # before workers are forked, which inherit what a signal does
     loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
     batches = engine.start_workers(loader)
-    validation = file_loader(kind, held_out, cfg, 1, run)  # one view of each, for speed
+    val_loader = file_loader(kind, validation, cfg, 1, run)  # one view of each, for speed
     while run.step < steps.total and not run.stop:
         epoch = run.step // epoch_steps
         lr = train.learning_rate(run.step, steps.total, args.lr, end=1e-6, warmup=args.warmup)
@@ -302,7 +302,7 @@ def main(args: argparse.Namespace) -> int | None:
             run.report(epoch, kind, mean, lr)
         if epoch_ends:  # eval.py has the whole protocol
             top1, top5, unreadable, _, _ = accuracy(
-                model, held_out.labels, validation, run, batch_size=steps.micro
+                model, validation.labels, val_loader, run, batch_size=steps.micro
             )
             run.log(step=run.step, epoch=epoch, top1=top1, top5=top5, val_unreadable=unreadable)
             run.print(f"step {run.step:6d}  validation: top-1 {top1:.2f} %, top-5 {top5:.2f} %")

@@ -119,7 +119,7 @@ def normalize(x: Tensor) -> Tensor:
         raise ValueError(f"got {x.dtype}: expected uint8, or floats in [0, 1]")
     shape = (3, *[1] * (x.ndim - 2))  # the channel is second
     mean, std = (v.to(x.device, non_blocking=True).view(shape) for v in (MEAN, STD))
-    x = x / 255 if x.dtype == torch.uint8 else x
+    x = x / 255 if x.dtype == torch.uint8 else x.float()
     return (x - mean) / std
 
 
@@ -630,7 +630,7 @@ class Listing(NamedTuple):
     classes: list[str] | None
 
 
-def read_labels(path: str | os.PathLike) -> list[str]:
+def read_classes(path: str | os.PathLike) -> list[str]:
     """The class names of a labels.json, in the order of their numbers; else ValueError."""
     with _errors_name(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
         number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
@@ -643,7 +643,7 @@ def _list_ssv2(root: Path, split: str) -> Listing:
     folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: expected the data set's .webm files in it")
-    classes = read_labels(root / "labels" / "labels.json")
+    classes = read_classes(root / "labels" / "labels.json")
     with _errors_name(path):
         samples = json.loads(path.read_text())
         names = [sample["template"].replace("[", "").replace("]", "") for sample in samples]
@@ -774,13 +774,17 @@ class Video(AbstractContextManager):
 
     def _window(self, start: float, end: float) -> Iterator[av.VideoFrame]:
         """Decode from the keyframe before `start` to `end`. Where frames are not stored in the
-        order they are shown, a seek can land after `start`: then again, from further back."""
-        for back in (0, 1, 10, 1e9):  # seconds
-            target = self.first + max(0, int((start - back) / self.stream.time_base))
-            self.container.seek(target, stream=self.stream)
+        order they are shown, a seek can land after `start`: then again, from further back, at last
+        from where the file begins."""
+        for back in (0, 1, 10, None):  # seconds
+            if back is None:
+                self.container.seek(0)
+            else:
+                target = self.first + max(0, int((start - back) / self.stream.time_base))
+                self.container.seek(target, stream=self.stream)
             frames = self._decode()
             time, frame = next(frames, (math.inf, None))
-            if time <= start or target == self.first:
+            if time <= start:
                 break
         while time < end:
             if time >= start:

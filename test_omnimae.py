@@ -216,6 +216,7 @@ def test_normalize_is_torchvisions_and_takes_bytes():
     expected = torch.stack([plain(frame) for frame in (x / 255).transpose(1, 2).flatten(0, 1)])
     assert torch.equal(omnimae.normalize(x).transpose(1, 2).flatten(0, 1), expected)
     assert torch.equal(omnimae.normalize(x / 255), omnimae.normalize(x))
+    assert omnimae.normalize(x.double() / 255).dtype == torch.float32  # as from NumPy
     with pytest.raises(ValueError, match="got torch.int64: expected uint8, or floats in"):
         omnimae.normalize(x.long())
 
@@ -681,6 +682,10 @@ VIDEOS = {
     "h264.mp4": {"codec": "libx264", "options": X264},
     "open_gop.mp4": {"codec": "libx264", "options": X264 | {"x264-params": "open-gop=1:keyint=10"}},
     "open_gop.mpg": {"codec": "mpeg2video", "rate": 24, "options": {"g": "10", "bf": "2"}},
+    "h264.ts": {"codec": "libx264", "options": X264},
+    "one_keyframe.ts": {"codec": "libx264", "options": X264 | {"g": "250"}},
+    "open_gop.ts": {"codec": "mpeg2video", "rate": 24, "options": {"g": "10", "bf": "2"}},
+    "late.ts": {"codec": "libx264", "first": 30, "options": X264},
     "late.mkv": {"codec": "libx264", "first": 30, "options": X264},
     "late.mp4": {"codec": "libx264", "first": 30, "options": X264},
 }
@@ -804,7 +809,7 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
     for numbers in ('{"a": "0", "b": "2"}', '{"a": "0", "b": "0"}', '{"a": "1"}'):
         (tmp_path / "labels.json").write_text(numbers)
         with pytest.raises(ValueError, match=r"labels.json: expected JSON .* each once"):
-            omnimae.read_labels(tmp_path / "labels.json")
+            omnimae.read_classes(tmp_path / "labels.json")
     for name in ("cat", ".thumbnails"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         (tmp_path / "mine" / name / "1.jpg").touch()
