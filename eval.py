@@ -63,8 +63,8 @@ def list_labelled(
     if missing or unknown:
         raise ValueError(
             f"{root}: its {split} part lacks {missing[:3] or 'none'} of the {len(classes)} classes "
-            f"trained on, and has {unknown[:3] or 'none'} besides: expected the same classes, or a "
-            "checkpoint that was finetuned on this data set"
+            f"trained on, and has {unknown[:3] or 'none'} besides: expected the same classes "
+            "(in evaluation: or a checkpoint that was finetuned on this data set)"
         )
     number = [classes.index(name) for name in names]
     return omnimae.Listing(paths, [number[label] for label in labels], classes)
@@ -328,7 +328,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if table.is_dir():
             parser.error(f"--predictions {table} is a folder: expected a file")
         if not os.access(table if table.exists() else table.parent, os.W_OK):
-            parser.error(f"--predictions {table} cannot be written: expected a file in a folder")
+            parser.error(
+                f"--predictions {table} cannot be written: no such folder, or not permitted"
+            )
     if args.out and Path(args.out).is_file():
         parser.error(f"--out {args.out} is a file: expected a folder")
     if args.labels and not args.files:

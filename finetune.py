@@ -258,6 +258,11 @@ def main(args: argparse.Namespace) -> int | None:
         f"{run.world} x {run.device.type}\n{num:,} {kind} of {len(classes)} classes: "
         f"{steps.total:,} steps of {args.batch_size} in {args.epochs} epochs; see {run.out}/"
     )
+    if not omnimae.has_validation(root, kind):
+        run.print(
+            f"{root} has no validation part: every tenth file is kept for it, "
+            f"{len(validation.paths):,} in all"
+        )
     if args.augment == "full" and steps.micro == 1:
         run.print(
             "MixUp and CutMix do nothing: in micro-batches of 1 they have no other to mix with"

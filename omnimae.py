@@ -616,6 +616,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
 
 CLIP_SECONDS = 2.7  # of a clip, in training and evaluation
 MAX_PIXELS = 2**27  # of an image; the frames of a clip's window together may have 16 times as many
+VALIDATION = ("val", "valid", "validation")  # names of that folder, in class folders' layout
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
@@ -633,9 +634,10 @@ class Listing(NamedTuple):
 def read_classes(path: str | os.PathLike) -> list[str]:
     """The class names of a labels.json, in the order of their numbers; else ValueError."""
     with _errors_name(path, 'expected JSON like SSv2\'s labels.json, {"name": "0", ...}'):
-        number = {name: int(i) for name, i in json.loads(Path(path).read_text()).items()}
-        if sorted(number.values()) != list(range(len(number))):
-            raise ValueError("its numbers are not 0, 1, 2 and so on, each once")
+        content = json.loads(Path(path).read_text())
+        number = {k: int(i) for k, i in content.items()} if isinstance(content, dict) else {}
+        if not number or sorted(number.values()) != list(range(len(number))):
+            raise ValueError("it does not number names 0, 1, 2 and so on, each once")
         return sorted(number, key=number.get)
 
 
@@ -656,15 +658,16 @@ def _list_ssv2(root: Path, split: str) -> Listing:
 
 def has_validation(root: str | os.PathLike, kind: str) -> bool:
     """Whether a data set has a validation part of its own."""
-    own = ("val", "validation", "labels/labels.json")[: 3 if kind == "videos" else 2]
+    own = (*VALIDATION, "labels/labels.json") if kind == "videos" else VALIDATION
     return any((Path(root) / name).exists() for name in own)
 
 
 def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> Listing:
     """The "images" or "videos" of a data set's "train" or "val" part, in a fixed order.
 
-    Layouts: ImageNet (train/<class>/*, val/ or validation/<class>/*), SSv2 (20bn-something-something-v2/*.webm
-    and labels/*.json), any folder of class folders, a flat folder. ValueError says what is wrong.
+    Layouts: ImageNet (train/<class>/*, val/<class>/*; see VALIDATION), SSv2 (labels/*.json and
+    20bn-something-something-v2/*.webm), any folder of class folders, a flat folder. ValueError says
+    what is wrong.
     """
     root = Path(root)
     if not root.is_dir():
@@ -672,10 +675,10 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
         raise ValueError(f"{root} {what}: expected a folder of {kind}")
     if kind == "videos" and (root / "labels" / "labels.json").exists():
         return _list_ssv2(root, "train" if split == "train" else "validation")
-    parts = ("train",) if split == "train" else ("val", "validation")
+    parts = ("train",) if split == "train" else VALIDATION
     part = next((root / name for name in parts if (root / name).is_dir()), root)
     if part is root and split != "train":
-        raise ValueError(f"{root}: has no folder {' or '.join(parts)}")
+        raise ValueError(f"{root}: has none of the folders {', '.join(VALIDATION)}")
 
     def files(folder):
         return sorted(
@@ -834,7 +837,8 @@ MOTIONS = {
 
 
 def write_clip(path: str | os.PathLike, frames: np.ndarray, rate: int = 12) -> None:
-    """Frames (T, H, W, 3) uint8 -> a VP9 .webm file, or an H.264 .mp4, which any player shows."""
+    """Frames (T, H, W, 3) uint8 -> a VP9 .webm file, or an H.264 .mp4 (even sizes only), which any
+    player shows."""
     codec, options = "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}
     if str(path).endswith(".mp4"):
         codec, options = "libx264", {}

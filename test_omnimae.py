@@ -796,7 +796,12 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
         (tmp_path / "file", "images", "train", "file is a file: expected a folder"),
         (tmp_path / "empty", "videos", "train", "empty: no videos found"),
         (demo / "images", "videos", "train", "no videos found"),
-        (demo / "images" / "train", "images", "val", "has no folder val or validation"),
+        (
+            demo / "images" / "train",
+            "images",
+            "val",
+            "has none of the folders val, valid, validation",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             omnimae.list_media(root, kind, split)
@@ -806,10 +811,15 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
         (tmp_path / "ssv2" / "labels" / f"{name}.json").write_text(
             (labels / f"{name}.json").read_text()
         )
-    for numbers in ('{"a": "0", "b": "2"}', '{"a": "0", "b": "0"}', '{"a": "1"}'):
+    for numbers in ('{"a": "0", "b": "2"}', '{"a": "0", "b": "0"}', '{"a": "1"}', '["a"]', "{}"):
         (tmp_path / "labels.json").write_text(numbers)
         with pytest.raises(ValueError, match=r"labels.json: expected JSON .* each once"):
             omnimae.read_classes(tmp_path / "labels.json")
+    for part in omnimae.VALIDATION:
+        (tmp_path / part / part / "cat").mkdir(parents=True)
+        (tmp_path / part / part / "cat" / "1.jpg").touch()
+        assert omnimae.has_validation(tmp_path / part, "images")
+        assert omnimae.list_media(tmp_path / part, "images", "val").classes == ["cat"]
     for name in ("cat", ".thumbnails"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         (tmp_path / "mine" / name / "1.jpg").touch()
@@ -1727,6 +1737,7 @@ def test_a_folder_of_class_folders_lends_every_tenth_file(demo, finetuning, tmp_
     assert parts[1].labels == [0, 0, 1, 1] and parts[1].classes == ["a", "b"]
     assert all(Path(path).parent.name == "ab"[label] for path, label in zip(*parts[1][:2]))
     out = finetuning("--epochs", 1, data=("--videos", tmp_path / "mine"))
+    assert "every tenth file is kept for it, 4 in all" in capsys.readouterr().out
     (tmp_path / "mine" / "b").rename(tmp_path / "mine" / "c")
     with pytest.raises(ValueError, match="run is of a run on other classes: choose another --out"):
         finetuning("--epochs", 1, data=("--videos", tmp_path / "mine"))
@@ -1772,7 +1783,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
         (("--checkpoint", pretrained, "--images", images), "is a pretraining checkpoint.*expected a finetuned one, such as vit_b_in1k"),
         (("--checkpoint", tuned, "--mask-ratio", 0.5, image), "finetuned checkpoint, which makes no reconstructions.*or no --mask-ratio"),
         (("--checkpoint", pretrained, "--views", "5x3", image), "pretraining checkpoint, which makes no labels.*or no --views"),
-        (("--checkpoint", tuned, "--videos", videos), r"lacks \['circle', .*expected the same classes, or a checkpoint"),
+        (("--checkpoint", tuned, "--videos", videos), r"lacks \['circle', .*expected the same classes .in evaluation: or a"),
         (("--checkpoint", tmp_path / "ten.torch", "--images", images), "ten.torch has 10 classes, .*images has 8: expected a checkpoint"),
         (("--checkpoint", tmp_path / "ten.torch", "--labels", labels, image), "labels.json has 8 classes, the checkpoint has 10"),
         (("--checkpoint", tuned, "--labels", image, image), "expected JSON like SSv2's"),
@@ -1802,7 +1813,7 @@ def test_a_users_mistake_in_finetuning_or_evaluation_is_one_sentence(
         (evaluation, ("--checkpoint", pretrained, image, "--out", image), "is a file: expected a folder"),
         (evaluation, ("--checkpoint", tuned, tmp_path), "is a folder: expected files, or --images or"),
         (evaluation, ("--checkpoint", tuned, image, "--predictions", "a.csv"), "--predictions is for a data set"),
-        (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv cannot be written: expected a file in a folder"),
+        (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", "no/a.csv"), "no/a.csv cannot be written: no such folder"),
         (evaluation, ("--checkpoint", tuned, "--images", images, "--predictions", tmp_path), "is a folder: expected a file"),
         (evaluation, ("--checkpoint", tuned, "--images", images, "--labels", labels), "--labels is for files: a data set has labels"),
         (finetune, ("--checkpoint", "scratch", "--model", "vit_bb", "--images", images), "did you mean vit_b?"),
