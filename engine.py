@@ -112,7 +112,7 @@ class Run:
         self.seed = args.seed
         self.step = 0  # this and the next two are saved with the model
         self.tried = self.unreadable = 0  # files, over all ranks
-        self.broken = 0  # files that this rank could not read since the ranks last agreed
+        self.unreadable_here = 0  # on this rank, since the ranks last agreed
         self.signalled = None  # the number of the signal that came
         self.stop = self.due = False  # all ranks stop; it is time to save
         self.named = set()  # messages about files, which are printed once
@@ -138,12 +138,12 @@ class Run:
                 model.register_comm_hook(None, bf16_compress_hook)
         return model
 
-    def begin(self, total: int, peak: float) -> None:
-        """The loop of `total` steps begins, on devices of `peak` FLOP/s. From now on SIGINT and SIGTERM
+    def begin(self, total: int, rate: float) -> None:
+        """The loop of `total` steps begins, on devices of `rate` FLOP/s. From now on SIGINT and SIGTERM
         finish the step, save and exit."""
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, lambda number, _: setattr(self, "signalled", number))
-        self.total, self.peak, self.first, self.began = total, peak, self.step, time.monotonic()
+        self.total, self.rate, self.first, self.began = total, rate, self.step, time.monotonic()
         self.begin_window()
 
     # The folder
@@ -221,11 +221,11 @@ class Run:
         if self.rank == 0:
             print(text, flush=True)
 
-    def name(self, unreadable: list[str]) -> None:
+    def name(self, messages: list[str]) -> None:
         """Print what is wrong with files, on any rank, once."""
-        for message in set(unreadable) - self.named:
+        for message in set(messages) - self.named:
             print(message, file=sys.stderr, flush=True)
-        self.named.update(unreadable)
+        self.named.update(messages)
 
     # The loop's parts
 
@@ -239,7 +239,7 @@ class Run:
         line = {
             "step": self.step, "epoch": epoch, "kind": kind, "loss": loss, "lr": lr,
             "unreadable": self.unreadable, "views_per_second": self.views / seconds,
-            "data_wait": self.waited / seconds, "utilisation": self.work / seconds / self.peak,
+            "data_wait": self.waited / seconds, "utilisation": self.work / seconds / self.rate,
             "memory_gb": memory_gb(self.device),
         }  # fmt: skip
         self.log(**line)
@@ -258,10 +258,10 @@ class Run:
         during the last one's backward pass."""
         for micro in range(1, accumulate + 1):
             before = time.monotonic()
-            *batch, unreadable = next(batches)
+            *batch, messages = next(batches)
             self.waited += time.monotonic() - before
-            self.broken += len(unreadable)
-            self.name(unreadable)
+            self.unreadable_here += len(messages)
+            self.name(messages)
             seed_all(self.seed, self.step, self.rank, micro)  # drop path, MixUp
             with nullcontext() if micro == accumulate or self.world == 1 else model.no_sync():
                 yield [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -272,10 +272,10 @@ class Run:
         because that waits for the device; then this step's mean loss is returned, else None."""
         self.losses.append(loss)
         due = self.rank == 0 and time.monotonic() - self.saved > self.save_seconds
-        self.stop, self.due, broken = self.sum(bool(self.signalled), due, self.broken)
-        self.tried += files + int(broken)  # for each of these, another was tried
-        self.unreadable += int(broken)
-        self.broken = 0
+        self.stop, self.due, unreadable = self.sum(bool(self.signalled), due, self.unreadable_here)
+        self.tried += files + int(unreadable)  # for each of these, another was tried
+        self.unreadable += int(unreadable)
+        self.unreadable_here = 0
         if not (want_loss or self.stop or self.due):
             return None
         losses = self.sum(*torch.stack(self.losses).tolist())
@@ -399,12 +399,12 @@ def time_parts(steps, run: Run, dataset: Dataset, collate, update) -> tuple[dict
     batch = torch.randint_like(pixels, 256).to(run.device), visible.to(run.device), []
     before = matmul_rate(run, 2048)
     model = timed(lambda: update(itertools.repeat(batch)), run)
-    peak = (before + matmul_rate(run, 2048)) / 2
+    rate = (before + matmul_rate(run, 2048)) / 2
     loader = start_workers(make_loader(dataset, steps, run.workers, run.device, collate))
     ready = 2 * run.workers + 1  # batches that workers make ahead
     alone = timed(lambda: [next(loader) for _ in range(steps.accumulate)], run, ready)
     both = timed(lambda: update(loader), run)
-    return {"model": model, "loader": alone, "both": both}, peak
+    return {"model": model, "loader": alone, "both": both}, rate
 
 
 def benchmark(args, run: Run, cfg, samplers: dict, dataset: Dataset, collate, update) -> None:
@@ -416,12 +416,12 @@ def benchmark(args, run: Run, cfg, samplers: dict, dataset: Dataset, collate, up
     run.print(", ".join(f"{key} {value}" for key, value in report.items()))
     run.print(f"{'ms/step':>28}{'views/s':>12}{'TFLOP/s':>12}{'of matmul':>12}")
     for kind, steps in samplers.items():
-        seconds, peak = time_parts(steps, run, dataset, collate, update)
+        seconds, rate = time_parts(steps, run, dataset, collate, update)
         flops, memory = count_flops(cfg, kind), memory_gb(run.device)
         cores = max(1, run.workers) * run.world * seconds["loader"] / seconds["model"]
         figures = {
             "flops_per_view": flops,
-            "matmul_flops": peak,
+            "matmul_flops_per_second": rate,
             "memory_gb": memory,
             "cores": cores,
         }
@@ -430,11 +430,14 @@ def benchmark(args, run: Run, cfg, samplers: dict, dataset: Dataset, collate, up
             shown = f"{kind:8}{part:8}{1000 * took:12,.1f}{views:12,.1f}"
             figures[part] = {"ms": 1000 * took, "views_per_second": views}
             if part != "loader":
-                figures[part] |= {"flops": views * flops, "of_matmul": views * flops / peak}
-                shown += f"{views * flops / 1e12:12.3f}{views * flops / peak:12.0%}"
+                figures[part] |= {
+                    "flops_per_second": views * flops,
+                    "of_matmul": views * flops / rate,
+                }
+                shown += f"{views * flops / 1e12:12.3f}{views * flops / rate:12.0%}"
             run.print(shown)
         run.print(
-            f"        {flops / 1e9:.2f} GFLOP/view; matrix products {peak / 1e12:.3f} TFLOP/s; peak "
+            f"        {flops / 1e9:.2f} GFLOP/view; matrix products {rate / 1e12:.3f} TFLOP/s; peak "
             f"memory {memory:.2f} GB; a loader that keeps up needs {cores:.2f} cores"
         )
         report[kind] = figures
@@ -553,7 +556,7 @@ def run_script(main, parse_args) -> None:
         if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise
         sys.exit(
-            f"{name}: out of memory: try a smaller --micro-batch (eval.py: --batch-size), then "
+            f"{name}: out of memory: try a smaller --micro-batch, then, in training, "
             "--checkpoint-activations"
         )
     except KeyboardInterrupt:

@@ -143,11 +143,11 @@ def accuracy(
     loader: DataLoader,
     run: engine.Run,
     num_crops: int = 1,
-    batch_size: int = 64,
+    micro_batch: int = 64,
 ) -> tuple[float, float, int, torch.Tensor, torch.Tensor]:
     """Top-1 and top-5 in %; how many files could not be read, which count as wrong; the five best
     classes of each file, or as many as there are, and their probabilities, (files, 5), on all ranks.
-    The loader is a `file_loader`. Logits of a video's views are averaged. `batch_size` views at most
+    The loader is a `file_loader`. Logits of a video's views are averaged. `micro_batch` views at most
     go through the model at once, or those of one file.
     """
     best = torch.zeros(len(labels), min(5, model.head.out_features), dtype=torch.int64)
@@ -160,7 +160,7 @@ def accuracy(
         else:
             index.append(i)
             x.append(crop_views(pixels.to(run.device), model.cfg.image_size, num_crops))
-        full = index and len(x[0]) * (len(x) + 1) > batch_size  # one more file would be too many
+        full = index and len(x[0]) * (len(x) + 1) > micro_batch  # one more file would be too many
         last = i == loader.batch_sampler[-1][0]  # of this rank's, readable or not
         if index and (full or last):
             with run.autocast:
@@ -192,7 +192,7 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: engine.Ru
     num_clips, num_crops = args.views if kind == "videos" else (1, 1)
     loader = file_loader(kind, listing, model.cfg, num_clips, run)
     top1, top5, unreadable, best, probability = accuracy(
-        model, listing.labels, loader, run, num_crops, args.batch_size
+        model, listing.labels, loader, run, num_crops, args.micro_batch
     )
     published, num_views = PUBLISHED.get(args.checkpoint), num_clips * num_crops
     each = "1 view of each" if num_views == 1 else f"{num_views} views of each"
@@ -312,7 +312,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", "folder for the pictures (default: reconstructions)", metavar="DIR")
     add = engine.option_group(parser, "machine")
     engine.device_options(add)
-    add("--batch-size", "views at once on a device, at least one file's", type=engine.positive, default=64)
+    add("--micro-batch", "views at once on a device, at least one file's", type=engine.positive, default=64)
     # fmt: on
     args = parser.parse_args(argv)
     if bool(args.images) + bool(args.videos) + bool(args.files) != 1:

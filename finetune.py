@@ -251,7 +251,7 @@ def main(args: argparse.Namespace) -> int | None:
         v2.CutMix(alpha=CUTMIX, num_classes=len(classes)),
     ])  # fmt: skip
 
-    peak = engine.matmul_rate(run)
+    rate = engine.matmul_rate(run)
     flops = engine.count_flops(cfg, kind, len(classes)) / (3 if args.freeze else 1)  # forward only
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
@@ -270,7 +270,7 @@ def main(args: argparse.Namespace) -> int | None:
 
     steps.start = run.step
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
-    run.begin(steps.total, peak)  # before workers are forked, which inherit what a signal does
+    run.begin(steps.total, rate)  # before workers are forked, which inherit what a signal does
     loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
     batches = engine.start_workers(loader)
     val_loader = file_loader(kind, validation, cfg, 1, run)  # one view of each, for speed
@@ -307,7 +307,7 @@ def main(args: argparse.Namespace) -> int | None:
             run.report(epoch, kind, mean, lr)
         if epoch_ends:  # eval.py has the whole protocol
             top1, top5, unreadable, _, _ = accuracy(
-                model, validation.labels, val_loader, run, batch_size=steps.micro
+                model, validation.labels, val_loader, run, micro_batch=steps.micro
             )
             run.log(step=run.step, epoch=epoch, top1=top1, top5=top5, val_unreadable=unreadable)
             run.print(f"step {run.step:6d}  validation: top-1 {top1:.2f} %, top-5 {top5:.2f} %")

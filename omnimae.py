@@ -193,7 +193,7 @@ def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Masking (paper, section 3; the kinds are compared in its ablations)
+# Masking (paper, section 3; its ablations compare random and tube masks)
 
 
 def random_mask(
@@ -705,6 +705,12 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
             f"{' '.join(SUFFIXES[kind])}"
             + (f"; it holds the folders {', '.join(folders[:5])}" if folders else "")
         )
+    for name in sorted({*os.listdir(root)} - {"train", "test", *VALIDATION}):
+        if part is not root and (root / name).is_dir() and files(root / name):
+            raise ValueError(
+                f"{root} has {kind} in {part.name}/ and in {name}/: if both are classes, rename "
+                f"{part.name}/, which is taken for a part of the data set; if not, move {name}/ away"
+            )
     return Listing(flat, None, None)
 
 

@@ -820,6 +820,13 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
         (tmp_path / part / part / "cat" / "1.jpg").touch()
         assert omnimae.has_validation(tmp_path / part, "images")
         assert omnimae.list_media(tmp_path / part, "images", "val").classes == ["cat"]
+    for name in ("car", "plane", "train", "val"):  # a class, named like a part
+        (tmp_path / "own" / name).mkdir(parents=True)
+        (tmp_path / "own" / name / "1.jpg").touch()
+    for split in ("train", "val"):
+        words = rf"own has images in {split}/ and in car/: if both are classes, rename {split}/"
+        with pytest.raises(ValueError, match=words):
+            omnimae.list_media(tmp_path / "own", "images", split)
     for name in ("cat", ".thumbnails"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         (tmp_path / "mine" / name / "1.jpg").touch()
@@ -1044,7 +1051,9 @@ def test_the_benchmark_times_model_loader_and_both(pretrain, tmp_path, capsys):
             assert any(row.startswith(f"{kind:8}{part:8}{took['ms']:12,.1f}") for row in table)
         for part in ("model", "both"):
             work = figures[part]["views_per_second"] * figures["flops_per_view"]
-            assert figures[part]["of_matmul"] == pytest.approx(work / figures["matmul_flops"])
+            assert figures[part]["of_matmul"] == pytest.approx(
+                work / figures["matmul_flops_per_second"]
+            )
             assert 0 < figures[part]["of_matmul"] < 1
         loader, model = (figures[part]["views_per_second"] for part in ("loader", "model"))
         assert figures["cores"] == pytest.approx(model / loader)  # without workers: one core
@@ -1283,7 +1292,7 @@ def test_layer_decay_and_weight_decay_by_hand():
 
 @pytest.mark.parametrize(
     ("options", "rates"),
-    [  # of the head at the start, after half of the warm-up, at the peak, at the end
+    [  # before layer decay, at the start, after half of the warm-up, at the peak, at the end
         (("--images", "x"), (1e-6, (1e-6 + 4e-3) / 2, 4e-3, 1e-6)),
         (("--videos", "x"), (1e-6, (1e-6 + 1e-3) / 2, 1e-3, 1e-6)),
     ],
@@ -1668,7 +1677,7 @@ def test_each_file_counts_once_on_any_number_of_processes(demo, tmp_path, capfd)
         table = tmp_path / f"{processes}.csv"
         options = (
             "--checkpoint", tmp_path / "eight.torch", "--images", tmp_path / "data", "--device", "cpu",
-            "--workers", 0, "--batch-size", 3, "--predictions", table,
+            "--workers", 0, "--micro-batch", 3, "--predictions", table,
         )  # fmt: skip
         if processes == 1:
             run_eval(*options)

@@ -324,18 +324,18 @@ def main(args: argparse.Namespace) -> int | None:
     if args.benchmark:
         samplers = {kind: Steps({kind: size}, **how) for kind, size in sizes.items()}
         return engine.benchmark(args, run, cfg, samplers, dataset, collate, update)
-    peak = engine.matmul_rate(run)
+    rate = engine.matmul_rate(run)
     flops = {kind: engine.count_flops(model.cfg, kind) for kind in sizes}
     run.print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {run.dtype}, "
-        f"{run.world} x {run.device.type} at {peak / 1e12:.2f} TFLOP/s in matrix products, "
+        f"{run.world} x {run.device.type} at {rate / 1e12:.2f} TFLOP/s in matrix products, "
         f"loader workers: {run.workers}\n{' and '.join(f'{n:,} {kind}' for kind, n in sizes.items())}: "
         f"{steps.total:,} steps of {args.batch_size} views in {args.epochs} epochs; see {run.out}/"
     )
 
     held_out = held_out_batches(cfg, sources, args.mask, run) if run.rank == 0 else {}
     steps.start = run.step
-    run.begin(steps.total, peak)  # before workers are forked, which inherit what a signal does
+    run.begin(steps.total, rate)  # before workers are forked, which inherit what a signal does
     loader = engine.make_loader(dataset, steps, run.workers, run.device, collate)
     batches = engine.start_workers(loader)
     while run.step < steps.total and not run.stop:
