@@ -355,7 +355,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Normed tokens of the visible patches -> pixels of the masked ones.
+    """Normed tokens of the visible patches -> the masked ones, as `normalize_patches` makes them.
 
     Attention does not care about order, so [visible, masked] is never shuffled back into the
     raster: each token carries its position. Mask token and positions are of encoder width.
@@ -402,8 +402,8 @@ class OmniMAE(nn.Module):
 
         x: (B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised. mask: bool (B, N), True = masked,
         as many in each row; or the visible patches' indices (B, V), which need no host sync;
-        default: random at the model's ratio. Returns the loss (scalar), pred (B, M, P): the
-        masked patches in raster order, values in (t, h, w, channel) order, and the bool mask.
+        default: random at the model's ratio. Returns the loss (scalar), pred (B, M, P): the masked
+        patches, normalised, in raster order, values in (t, h, w, channel) order, and the bool mask.
         """
         patches, grid = to_patches(x, self.cfg)  # (B, N, P)
         if mask is None:
