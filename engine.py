@@ -18,10 +18,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -219,13 +220,21 @@ class Run:
 
     def print(self, text: str) -> None:
         if self.rank == 0:
-            print(text, flush=True)
+            self.write(text, sys.stdout)
 
     def name(self, messages: list[str]) -> None:
         """Print what is wrong with files, on any rank, once."""
         for message in set(messages) - self.named:
-            print(message, file=sys.stderr, flush=True)
+            self.write(message, sys.stderr)
         self.named.update(messages)
+
+    def write(self, text: str, file: TextIO) -> None:
+        """If the reader has gone, as tee has after Ctrl-C, the run stops and saves as at a signal."""
+        try:
+            print(text, file=file, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            self.signalled = self.signalled or signal.SIGPIPE
 
     # The loop's parts
 
@@ -538,6 +547,8 @@ def run_script(main, parse_args) -> None:
         stopped_by = main(parse_args())
         if dist.is_initialized():
             dist.destroy_process_group()
+    except BrokenPipeError:  # as of `| head`
+        stopped_by = signal.SIGPIPE
     except (ValueError, OSError, FloatingPointError) as error:
         hint = "; what was saved stays: try a lower --lr or --dtype float32, with another --out"
         hint = hint if isinstance(error, FloatingPointError) else ""
@@ -566,6 +577,7 @@ def run_script(main, parse_args) -> None:
         for worker in multiprocessing.active_children():
             worker.kill()
     if stopped_by:
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         signal.signal(stopped_by, signal.SIG_DFL)
         os.kill(os.getpid(), stopped_by)

@@ -28,6 +28,7 @@ After pretraining the decoder is thrown away; `Classifier` runs the encoder on a
 
 import difflib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -504,15 +505,15 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def _fetch(name: str) -> Path:
     """A checkpoint's path, downloaded first where `name` is a released one's or a URL."""
-    if Path(name).exists():
+    if os.path.exists(name):  # Path(name).exists() would fail for a long URL
         return Path(name)
     url = CHECKPOINTS.get(name, name)
     if "://" not in url:
         known = did_you_mean(name, CHECKPOINTS) or f" ({', '.join(CHECKPOINTS)})"
         raise ValueError(f"{name}: no such file, and not a released checkpoint{known}")
-    file = url.rsplit("/", 1)[-1]
+    file = url.split("?")[0].rsplit("/", 1)[-1]
     if url not in CHECKPOINTS.values():  # others may all be called last.pt
-        file = url.split("://")[1].replace("/", "_")
+        file = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{file}"
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not path.exists():
         try:
@@ -697,6 +698,12 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
             f"{min(inside)}/: expected one or the other"
         )
     if inside:
+        for name in set(folders) - {*inside, "test", *VALIDATION}:
+            if any(x.name.lower().endswith(SUFFIXES[kind]) for x in (part / name).rglob("*")):
+                raise ValueError(
+                    f"{part / name} holds {kind} only in folders of its own: expected them in "
+                    f"{name}/ itself, as in {min(inside)}/"
+                )
         labels = [label for label, found in enumerate(inside.values()) for _ in found]
         return Listing([path for found in inside.values() for path in found], labels, list(inside))
     if not flat:
@@ -742,7 +749,7 @@ class Video(AbstractContextManager):
         self.path = path
         self.rgb = VideoReformatter()  # kept: making one costs more than using it
         with _errors_name(path), ExitStack() as on_error:
-            self.container = on_error.enter_context(av.open(str(path)))
+            self.container = on_error.enter_context(av.open(os.path.abspath(path)))
             if not self.container.streams.video:
                 raise ValueError("it has no video stream")
             self.stream = self.container.streams.video[0]
@@ -761,7 +768,8 @@ class Video(AbstractContextManager):
 
     def clip(self, start: float, duration: float, num_frames: int) -> Tensor:
         """uint8 (T, 3, H, W): of the n frames with start <= time < start + duration, in seconds
-        from the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames."""
+        from the first, those at linspace(0, n - 1, T) truncated; short clips repeat frames. Where
+        the picture stands still for longer than that, the frame that is shown."""
         if not (duration > 0 and num_frames > 0):
             raise ValueError(f"got {num_frames} frames of {duration} s: expected more than none")
         with _errors_name(self.path):
@@ -795,10 +803,14 @@ class Video(AbstractContextManager):
             time, frame = next(frames, (math.inf, None))
             if time <= start:
                 break
+        shown = None  # from before `start`, if nothing follows in time
         while time < end:
             if time >= start:
                 yield frame
+            shown = frame if time < start else None
             time, frame = next(frames, (math.inf, None))
+        if shown and start <= self.duration:
+            yield shown
 
     def _decode(self) -> Iterator[tuple[float, av.VideoFrame]]:
         """The frames from where the file stands, each with its time in seconds."""

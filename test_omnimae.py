@@ -521,7 +521,8 @@ def test_of_several_processes_one_downloads(tmp_path):
         address, functools.partial(Server, directory=tmp_path)
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        load = f"omnimae.load_checkpoint('http://localhost:{server.server_port}/model.pt')"
+        url = f"http://localhost:{server.server_port}/model.pt?signature={'x' * 300}"
+        load = f"omnimae.load_checkpoint({url!r})"
         command = [sys.executable, "-c", f"import omnimae; {load}"]
         where = {"cwd": HERE, "env": os.environ | {"TORCH_HOME": str(tmp_path / "home")}}
         ranks = [subprocess.Popen(command, stderr=subprocess.DEVNULL, **where) for _ in range(2)]
@@ -713,6 +714,14 @@ def test_a_clip_of_variable_frame_rate_goes_by_time(tmp_path):
         assert video.duration == 3.0
 
 
+def test_a_still_picture_is_a_clip(tmp_path):
+    path = write_numbered(tmp_path / "slides.webm", num=4, times=[0, 100, 5000, 5100])
+    assert numbers(omnimae.read_clip(path, 1.0, 2.7, 3)) == [1, 1, 1]
+    assert numbers(omnimae.read_clip(path, 4.0, 2.7, 4)) == [2, 2, 2, 3]
+    with pytest.raises(ValueError, match="no frame between 5.200 and 7.900 s"):
+        omnimae.read_clip(path, 5.2, 2.7, 3)  # after its end
+
+
 def test_the_duration_is_the_streams_or_the_last_frames(tmp_path):
     with omnimae.Video(write_numbered(tmp_path / "a.webm")) as video:
         assert video.duration == pytest.approx(47 / 12, abs=1e-3)
@@ -827,6 +836,13 @@ def test_a_wrong_folder_is_named(demo, tmp_path):
         words = rf"own has images in {split}/ and in car/: if both are classes, rename {split}/"
         with pytest.raises(ValueError, match=words):
             omnimae.list_media(tmp_path / "own", "images", split)
+    for path in ("train/a/1.jpg", "train/b/deep/1.jpg", "val/a/1.jpg", "val/b/1.jpg"):
+        (tmp_path / "nested" / path).parent.mkdir(parents=True)
+        (tmp_path / "nested" / path).touch()
+    with pytest.raises(
+        ValueError, match=r"train/b holds images only in folders of its own: expected"
+    ):
+        omnimae.list_media(tmp_path / "nested", "images")
     for name in ("cat", ".thumbnails"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         (tmp_path / "mine" / name / "1.jpg").touch()
@@ -1206,6 +1222,18 @@ def test_a_mistake_on_the_command_line_ends_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stderr == "train.py: gone does not exist: expected a folder of images\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGPIPE])
+def test_a_run_whose_reader_has_gone_is_saved(demo, tmp_path, number):
+    process = start(*pretraining(demo, tmp_path / "run", "--save-minutes", 10))
+    assert any(line.startswith("step      1") for line in process.stdout)
+    process.stdout.close()  # as tee's, which the same Ctrl-C ends, or head's
+    if number == signal.SIGINT:
+        process.send_signal(number)
+    assert process.wait(60) == -number
+    step = omnimae.read_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    assert 0 < step == steps_logged(tmp_path / "run") < 32
 
 
 def test_out_of_memory_is_a_sentence():
