@@ -698,7 +698,7 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
             f"{min(inside)}/: expected one or the other"
         )
     if inside:
-        for name in set(folders) - {*inside, "test", *VALIDATION}:
+        for name in sorted({*folders} - {*inside, "test", *VALIDATION}):
             if any(x.name.lower().endswith(SUFFIXES[kind]) for x in (part / name).rglob("*")):
                 raise ValueError(
                     f"{part / name} holds {kind} only in folders of its own: expected them in "
@@ -712,8 +712,9 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
             f"{' '.join(SUFFIXES[kind])}"
             + (f"; it holds the folders {', '.join(folders[:5])}" if folders else "")
         )
-    for name in sorted({*os.listdir(root)} - {"train", "test", *VALIDATION}):
-        if part is not root and (root / name).is_dir() and files(root / name):
+    others = [] if part is root else sorted({*os.listdir(root)} - {"train", "test", *VALIDATION})
+    for name in others:
+        if (root / name).is_dir() and files(root / name):
             raise ValueError(
                 f"{root} has {kind} in {part.name}/ and in {name}/: if both are classes, rename "
                 f"{part.name}/, which is taken for a part of the data set; if not, move {name}/ away"
