@@ -1,18 +1,16 @@
-"""Finetune a pretrained encoder to classify images or videos.
+"""Finetune a pretrained encoder to classify images or videos. The same command resumes a run.
 
     torchrun finetune.py --checkpoint runs/demo/last.pt --videos demo             minutes on a CPU
     torchrun --nproc_per_node=8 finetune.py --checkpoint vit_b_pretrain --images IN1K
-    torchrun --nproc_per_node=8 finetune.py --checkpoint vit_b_pretrain --videos SSV2
 
-The same command again resumes a run. Its folder holds best.pt, of the epoch with the best validation
-accuracy, beside last.pt. Every random number is a function: of (seed, epoch, file) for windows,
-crops, RandAugment and erased boxes, of (seed, step, rank, micro-batch) for drop path, MixUp, noise.
+The run's folder holds best.pt, of the epoch with the best validation accuracy, beside last.pt.
+Random numbers are a function of (seed, epoch, file) for what the loader does, of (seed, step, rank,
+micro-batch) for drop path, MixUp, CutMix and noise.
 """
 
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,13 +21,14 @@ import omnimae
 import train
 from eval import accuracy, file_loader, list_labelled
 
-# The released configurations for ViT-B. The peak learning rate, lr, goes with the batch size.
+BICUBIC, BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
+# The released configurations for ViT-B. `lr` is the peak learning rate for that batch size.
 RECIPES = {
     "images": {  # ImageNet-1k
         "epochs": 100, "batch_size": 1024, "lr": 4e-3, "warmup": 0.05, "weight_decay": 1e-4,
         "layer_decay": 0.65, "drop_path": 0.1, "augment": "full",
     },
-    "videos": {  # Something-Something v2; 100 epochs in the file, whose 12.5 % warm-up are 5 of 40
+    "videos": {  # SSv2; the file says 100 epochs, but notes its warm-up of 12.5 % as 5 epochs
         "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.125, "weight_decay": 0.05,
         "layer_decay": 0.75, "drop_path": 0.1, "augment": "full",
     },
@@ -38,30 +37,25 @@ RECIPES = {
         "layer_decay": 1.0, "drop_path": 0.0, "augment": "crop",
     },
 }  # fmt: skip
-# No configuration was released for ViT-L and ViT-H; their released definitions have drop path 0.1.
-# These are MAE's on ImageNet. Its 50 epochs are for images only.
+# None was released for ViT-L and ViT-H; their released definitions have drop path 0.1. These are
+# MAE's for ImageNet, as are its 50 epochs for images.
 LARGER = {
     "vit_l": {"layer_decay": 0.75, "drop_path": 0.2},
     "vit_h": {"layer_decay": 0.75, "drop_path": 0.3},
 }
-ERASING = 0.25  # of the samples
 
 # ------------------------------------------------------------------------------------------------
-# Augmentation
+# Augmentation, the model, its parameter groups
 
 
 def rand_augment(media: Tensor, num: int, magnitude: float) -> Tensor:
-    """Applies each of `num` random operations with probability 0.5, the same to all frames.
-
-    media: uint8 (3, H, W) or (T, 3, H, W). The magnitude, out of 10, has standard deviation 0.5.
-    torchvision counts magnitudes in bins from 0: of 101 bins, number 90 is magnitude 9.
-    """
+    """Applies each of `num` random operations with probability 0.5, the same to all frames of uint8
+    (3, H, W) or (T, 3, H, W). The magnitude, out of 10, has standard deviation 0.5; torchvision
+    counts it in bins from 0, so that of 101 bins number 90 is 9."""
     for _ in range(num):
         drawn = torch.normal(magnitude, 0.5, ()).clamp(0, 10).item()
-        bilinear = v2.InterpolationMode.BILINEAR
-        operation = v2.RandAugment(1, round(10 * drawn), 101, interpolation=bilinear, fill=128)
-        if torch.rand(()) < 0.5:
-            media = operation(media)
+        operation = v2.RandAugment(1, round(10 * drawn), 101, interpolation=BILINEAR, fill=128)
+        media = operation(media) if torch.rand(()) < 0.5 else media
     return media
 
 
@@ -69,24 +63,22 @@ class Labelled(train.Views):
     """One augmented view of each file, its label, and the box to erase."""
 
     def __init__(self, cfg, kind: str, listing: omnimae.Listing, seed: int, augment: str):
+        super().__init__(cfg, {kind: listing.paths}, seed)
+        self.labels, self.augment = torch.tensor(listing.labels), augment
         area = (0.08, 1.0) if augment == "full" else (0.5, 1.0)
-        crop = v2.RandomResizedCrop(cfg.image_size, area)  # bilinear
-        if kind == "images":
-            bicubic = v2.InterpolationMode.BICUBIC
-            crop = v2.RandomResizedCrop(cfg.image_size, area, interpolation=bicubic)
-            crop = v2.Compose([crop, v2.RandomHorizontalFlip(0.5)])  # not in videos
-        super().__init__(cfg, {kind: listing.paths}, seed, {kind: crop})
-        self.labels, self.augment = np.array(listing.labels), augment
-        self.erasing = v2.RandomErasing()
+        mode = BICUBIC if kind == "images" else BILINEAR
+        crop = v2.RandomResizedCrop(cfg.image_size, area, interpolation=mode)
+        flip = v2.RandomHorizontalFlip(0.5 if kind == "images" else 0.0)  # directions matter
+        self.crop, self.erasing = v2.Compose([crop, flip]), v2.RandomErasing()
 
     def __getitem__(self, sample: train.Sample) -> tuple[Tensor, int, Tensor]:
         """uint8 (3, H, W) or (3, T, H, W), the label, and the box (top, left, height, width)."""
-        media, index = self.read(sample)  # seeds what follows
-        pixels, box = self.crops[sample.kind](media), torch.zeros(4, dtype=torch.int64)
+        media, index = self.read(sample)  # this seeds what follows
+        pixels, box = self.crop(media), torch.zeros(4, dtype=torch.int64)
         if self.augment == "full":
-            settings = (2, 9.0) if sample.kind == "images" else (4, 7.0)
-            pixels = rand_augment(pixels, *settings)
-            if torch.rand(()) < ERASING:
+            num, magnitude = (2, 9.0) if sample.kind == "images" else (4, 7.0)
+            pixels = rand_augment(pixels, num, magnitude)
+            if torch.rand(()) < 0.25:  # erase a box of 2 to 33 % of the area
                 drawn = self.erasing.make_params([pixels])
                 if drawn["v"] is not None:  # None: no box of these proportions fitted
                     box = torch.tensor([drawn[side] for side in "ijhw"])
@@ -94,11 +86,8 @@ class Labelled(train.Views):
 
 
 def erase(x: Tensor, boxes: Tensor) -> Tensor:
-    """Erases a box in each sample: black in images, noise through all the frames of clips.
-
-    x: ImageNet-normalised (B, 3, H, W) or (B, 3, T, H, W); boxes (B, 4). The noise has mean 0 and
-    variance 1 after normalisation, which bytes cannot hold: so it is drawn here, not by the loader.
-    """
+    """Erases boxes (B, 4) in ImageNet-normalised x, (B, 3, H, W) or (B, 3, T, H, W): black in
+    images; noise of mean 0 and variance 1, which bytes cannot hold, through all frames of clips."""
     top, left, height, width = (side.view(-1, *[1] * (x.ndim - 1)) for side in boxes.T)
     row = torch.arange(x.shape[-2], device=x.device)[:, None]  # (H, 1)
     column = torch.arange(x.shape[-1], device=x.device)  # (W,)
@@ -107,45 +96,33 @@ def erase(x: Tensor, boxes: Tensor) -> Tensor:
     return torch.where(inside, fill, x)
 
 
-# ------------------------------------------------------------------------------------------------
-# The model and its parameters
-
-
 def build(args: argparse.Namespace, kind: str, start, classes: list[str]) -> omnimae.Classifier:
     """A classifier with a new head, on the encoder of `start`, or from scratch if that is None."""
     cfg = start.cfg if start else omnimae.MODELS[args.model]
     model = omnimae.Classifier(cfg, len(classes), args.drop_path)
     model.classes = classes
-    if kind == "images":
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    else:
-        nn.init.normal_(model.head.weight, std=0.01)
+    init_head = nn.init.trunc_normal_ if kind == "images" else nn.init.normal_
+    init_head(model.head.weight, std=2e-5 if kind == "images" else 0.01)
     if start:
         model.encoder.load_state_dict(start.encoder.state_dict())
-    if isinstance(start, omnimae.Classifier):  # pretraining's norm was not after pooling
+    if isinstance(start, omnimae.Classifier):  # in pretraining, norm does not come after pooling
         model.norm.load_state_dict(start.norm.state_dict())
     model.encoder.requires_grad_(not args.freeze)
     return model
 
 
 def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay: float) -> list:
-    """Groups for AdamW, each with the "scale" of its learning rate: layer_decay ** (depth + 2 - id).
-
+    """Groups for AdamW, each with its learning rate's "scale", layer_decay ** (depth + 2 - id).
     As released: the patch embedding has id 0, block i has i + 1, norm and head have depth + 1, so
-    the head itself runs at `layer_decay` times the rate. No weight decay on biases and LayerNorm.
-    """
+    the head itself runs at `layer_decay` times the rate. No decay on biases and LayerNorm."""
     depth, groups = len(model.encoder.blocks), {}
     for name, parameter in model.named_parameters():
         layer = depth + 1
         if name.startswith("encoder."):
             layer = int(name.split(".")[2]) + 1 if ".blocks." in name else 0
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        group = {"params": [], "scale": layer_decay ** (depth + 2 - layer), "weight_decay": decay}
         if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            group = {
-                "scale": layer_decay ** (depth + 2 - layer),
-                "weight_decay": decay,
-                "params": [],
-            }
             groups.setdefault((layer, decay), group)["params"].append(parameter)
     return list(groups.values())
 
@@ -155,35 +132,28 @@ def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options. `fill_in` completes them when the size of the checkpoint is known."""
-    parser = argparse.ArgumentParser(
-        usage="torchrun %(prog)s --checkpoint NAME (--images DIR | --videos DIR) [options]",
-        description="Finetune a pretrained encoder. The same command resumes a run. Defaults are the "
-        "recipes for ImageNet-1k (--images) and SSv2 (--videos), or the demo's: see the README.",
-    )
+    usage = "torchrun %(prog)s --checkpoint NAME (--images DIR | --videos DIR) [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", required=True, help="released name (vit_b_pretrain), URL, path, 'scratch'")
     add("--model", choices=list(omnimae.MODELS), help="size, only for --checkpoint scratch")
-    add("--images", help="folder of labelled images, or 'demo'")
-    add("--videos", help="folder of labelled videos, or 'demo'")
-    add("--out", help="folder of the run (default: runs/, then the checkpoint's folder or name)")
-    add("--epochs", type=int)
+    add("--images", help="labelled images, or 'demo': the recipe for ImageNet-1k")
+    add("--videos", help="labelled videos, or 'demo': the recipe for Something-Something v2")
+    add("--out", help="folder of the run (default: runs/, with the checkpoint's folder or name)")
+    add("--epochs", type=int, help="default of this and the next ones: see the README")
     add("--batch-size", type=int, help="over all processes")
-    add("--lr", type=float, help="peak learning rate (default: in proportion to the batch)")
+    add("--lr", type=float, help="peak (default: in proportion to the batch size)")
     add("--weight-decay", type=float, help="not on biases and LayerNorm")
-    add("--layer-decay", type=float, help="factor of the rate from a layer to the one before it")
-    add("--drop-path", type=float, help="probability of the last block; 0 in the first")
-    add("--augment", choices=["full", "crop"], help="all of the recipe, or crops and flips only")
+    add("--layer-decay", type=float, help="factor of the learning rate from layer to layer")
+    add("--drop-path", type=float, help="probability in the last block")
+    add("--augment", choices=["full", "crop"], help="all of the recipe's, or crop and flip only")
     add("--freeze", action="store_true", help="train norm and head only")
-    train.add_machine_options(parser)
     args = train.parse(parser, argv)
     if bool(args.images) == bool(args.videos):
         parser.error("expected one of --images DIR and --videos DIR")
     if (args.checkpoint == "scratch") != bool(args.model):
-        parser.error("expected --model with --checkpoint scratch; other checkpoints have a size")
-    if (args.drop_path or 0) >= 1:
-        parser.error("--drop-path: expected a probability below 1")
-    name = args.model or Path(args.checkpoint).parent.name or args.checkpoint
+        parser.error("expected --model with --checkpoint scratch, and only there")
+    name = Path(args.checkpoint).parent.name or args.checkpoint
     args.out = args.out or f"runs/{name}_{'images' if args.images else 'videos'}"
     return args
 
@@ -193,32 +163,27 @@ def fill_in(args: argparse.Namespace, kind: str) -> None:
     recipe = RECIPES[kind] | LARGER.get(args.model, {})
     if kind == "images" and args.model in LARGER:
         recipe["epochs"] = 50
-    if "demo" in (args.model, getattr(args, kind)):
-        recipe = RECIPES["demo"]
+    if "demo" in (args.model, args.images, args.videos):
+        recipe = dict(RECIPES["demo"])
     if args.freeze:  # no drop path when the encoder is frozen
-        recipe = recipe | {"drop_path": 0.0}
-    lr = recipe["lr"] * (args.batch_size or recipe["batch_size"]) / recipe["batch_size"]
-    for key, value in (recipe | {"lr": lr}).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+        recipe["drop_path"] = 0.0
+    recipe["lr"] *= (args.batch_size or recipe["batch_size"]) / recipe["batch_size"]
+    vars(args).update({x: recipe[x] for x in recipe if vars(args).get(x) is None})
 
 
 def main(args: argparse.Namespace) -> int | None:
     run, kind, start = train.Run(args), "images" if args.images else "videos", None
     if args.checkpoint != "scratch":
-        with run.first_rank_first():
-            start = omnimae.load_checkpoint(args.checkpoint)
-        widths = {cfg.dim: name for name, cfg in omnimae.MODELS.items()}
-        args.model = widths.get(start.cfg.dim, "other")
+        start = run.first_rank_first(omnimae.load_checkpoint, args.checkpoint)
+        names = {cfg.dim: name for name, cfg in omnimae.MODELS.items()}
+        args.model = names.get(start.cfg.dim, "other")
     fill_in(args, kind)
-
     # The data
     root = train.data_root(args.images or args.videos, kind, run)
     listing = list_labelled(root, kind, "train")
     validation = list_labelled(root, kind, "val", listing.classes)
     files, classes = {kind: len(listing.paths)}, listing.classes
     steps = train.Steps(files, {kind: 1}, args, run)
-    epoch_steps = steps.total // args.epochs
 
     # The model
     torch.manual_seed(args.seed)
@@ -230,24 +195,18 @@ def main(args: argparse.Namespace) -> int | None:
     mixup = v2.MixUp(alpha=0.8, num_classes=len(classes))
     cutmix = v2.CutMix(alpha=1.0, num_classes=len(classes))
     mix = v2.RandomChoice([mixup, cutmix])  # one of the two for each micro-batch
-
     names = ("checkpoint", "model", "freeze", "seed", *RECIPES[kind])
     recipe = {name: getattr(args, name) for name in names} | files | {"classes": classes}
-    saved = run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler)
-    best = saved.get("best", -1.0)
-    run.say(
-        f"finetuning {args.model} on {len(listing.paths):,} {kind} of {len(classes)} classes: "
-        f"{steps.total:,} steps\nof {args.batch_size} in {args.epochs} epochs, on {run.world} x "
-        f"{run.device.type}; validation on {len(validation.paths):,}; checkpoints in {run.out}/"
-    )
-    dataset = Labelled(model.cfg, kind, listing, args.seed, args.augment)
-    steps.start = run.step
+    best = run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler).get("best", -1.0)
+    run.say(f"finetuning {args.model} on {files[kind]:,} {kind} of {len(classes)} classes")
+    run.say(f"{steps.total:,} steps of {args.batch_size}; log, last.pt and best.pt: {run.out}/")
+    dataset, steps.start = Labelled(model.cfg, kind, listing, args.seed, args.augment), run.step
     batches = iter(train.make_loader(dataset, run, batch_sampler=steps))
-    val_loader = file_loader(validation, model.cfg, kind, 1, run)  # one view of each, for speed
+    val_loader = file_loader(validation, kind, model.cfg, 1, run)  # one view of each, for speed
     iter(val_loader)  # starts its workers now, for all epochs
 
     while run.step < steps.total and not run.stop:
-        epoch = run.step // epoch_steps
+        epoch = run.step // steps.per_epoch
         lr = train.learning_rate(run.step, steps.total, args.lr, end=1e-6, warmup=args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -270,15 +229,14 @@ def main(args: argparse.Namespace) -> int | None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-
         run.end_step(args.batch_size, args.save_minutes)
-        epoch_ends = run.step % epoch_steps == 0
+        epoch_ends = run.step % steps.per_epoch == 0
         if run.step == 1 or run.step % args.log_every == 0 or epoch_ends:
-            run.report(f"epoch {epoch}", mean_loss, lr, steps.total, epoch=epoch)
+            run.report(f"epoch {epoch}", mean_loss, lr, steps.total)
         if epoch_ends:  # eval.py has the whole protocol
             top1, top5, unreadable = accuracy(model, val_loader, 1, run, autocast)
-            run.log(epoch=epoch, top1=top1, top5=top5, unreadable=unreadable)
-            run.say(f"step {run.step:6d}  validation: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+            text = f"step {run.step:6d}  validation: top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+            run.say(text, epoch=epoch, top1=top1, top5=top5, unreadable=unreadable)
             if top1 > best:
                 best = top1
                 run.save("best.pt", classes=classes, best=best)
@@ -287,12 +245,10 @@ def main(args: argparse.Namespace) -> int | None:
             run.save(classes=classes, best=best)
     if run.step < steps.total:
         run.say(f"stopped and saved after step {run.step}; the same command resumes the run")
-        return run.signal
-    run.say(
-        f"done: {run.out}/best.pt is the model with the best validation top-1, {best:.2f} %. Next:\n"
-        f"torchrun eval.py --checkpoint {run.out}/best.pt --{kind} {getattr(args, kind)}"
-    )
-    return None
+    else:
+        run.say(f"done: {run.out}/best.pt has validation top-1 {best:.2f} %. Next:")
+        run.say(f"torchrun eval.py --checkpoint {run.out}/best.pt --{kind} {vars(args)[kind]}")
+    return run.signal
 
 
 if __name__ == "__main__":
