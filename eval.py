@@ -45,7 +45,7 @@ def list_labelled(root: str, kind: str, split: str, classes=None) -> omnimae.Lis
     classes = classes or names
     if set(names) != set(classes) or len(set(labels)) < 2:
         found = f"{len(set(labels))} classes, {names[0]!r} to {names[-1]!r}"
-        raise ValueError(f"{root}: {split} {kind} of {found}; expected those trained on")
+        raise ValueError(f"{root}: {split} {kind} of {found}; expected 2 or more, as trained on")
     index = [classes.index(name) for name in names]
     return omnimae.Listing(paths, [index[label] for label in labels], classes)
 
@@ -117,7 +117,7 @@ def predict(model: omnimae.Classifier, pixels: Tensor, num_crops: int, autocast)
 
 
 def accuracy(model, loader, num_crops: int, run: train.Run, autocast) -> list[float]:
-    """Top-1 and top-5 in % of all ranks' files, and how many cannot be read, which are wrong."""
+    """Top-1 and top-5 in % of all ranks' files, and how many were unreadable, counted as wrong."""
     model.eval()
     counts = torch.zeros(3)  # right, right among the best five, readable
     for pixels, labels in loader:
@@ -153,7 +153,7 @@ def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
     return names or [f"class {i}" for i in range(num)]
 
 
-def label(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run, autocast) -> None:
+def classify(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run, autocast) -> None:
     """Prints the five best labels of each file."""
     names = class_names(model, args.labels)
     for path in args.files:
@@ -187,7 +187,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", help="folder of images, or 'demo'")
     add("--videos", help="folder of videos, or 'demo'")
     add("files", nargs="*", help="images and videos in any mix")
-    add("--labels", help="class names for files, as in SSv2's labels.json")
+    add("--labels", help="class names, only with files, as in SSv2's labels.json")
     add("--mask-ratio", type=float, help="of reconstructions (default: the checkpoint's)")
     add("--out", default="reconstructions", help="folder for pictures (default: reconstructions)")
     args = train.parse(parser, argv, training=False)
@@ -201,14 +201,14 @@ def main(args: argparse.Namespace) -> None:
     model = run.first_rank_first(omnimae.load_checkpoint, args.checkpoint).to(run.device)
     pretrained = isinstance(model, omnimae.OmniMAE)
     if pretrained and (args.labels or not args.files):
-        raise ValueError(f"{args.checkpoint} has no classes: give a finetuned checkpoint, or files")
+        raise ValueError(f"{args.checkpoint} has no classes: it takes files, without --labels")
     if not pretrained and args.mask_ratio:
         raise ValueError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
     autocast, _ = train.precision(args, run.device, model.cfg)
     if not args.files:
         evaluate(model, args, run, autocast)
     elif run.rank == 0:
-        (reconstruct if pretrained else label)(model, args, run, autocast)
+        (reconstruct if pretrained else classify)(model, args, run, autocast)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ RECIPES = {
         "epochs": 100, "batch_size": 1024, "lr": 4e-3, "warmup": 0.05, "weight_decay": 1e-4,
         "layer_decay": 0.65, "drop_path": 0.1, "augment": "full",
     },
-    "videos": {  # SSv2; the file says 100 epochs, but notes its warm-up of 12.5 % as 5 epochs
+    "videos": {  # SSv2; the released file says 100 epochs, but counts 12.5 % as 5 in a comment
         "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.125, "weight_decay": 0.05,
         "layer_decay": 0.75, "drop_path": 0.1, "augment": "full",
     },
@@ -37,8 +37,8 @@ RECIPES = {
         "layer_decay": 1.0, "drop_path": 0.0, "augment": "crop",
     },
 }  # fmt: skip
-# None was released for ViT-L and ViT-H; their released definitions have drop path 0.1. These are
-# MAE's for ImageNet, as are its 50 epochs for images.
+# No recipe was released for ViT-L and ViT-H, whose released definitions have drop path 0.1. These
+# are MAE's values for ImageNet, as are 50 epochs for images.
 LARGER = {
     "vit_l": {"layer_decay": 0.75, "drop_path": 0.2},
     "vit_h": {"layer_decay": 0.75, "drop_path": 0.3},
@@ -112,8 +112,8 @@ def build(args: argparse.Namespace, kind: str, start, classes: list[str]) -> omn
 
 
 def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay: float) -> list:
-    """Groups for AdamW, each with its learning rate's "scale", layer_decay ** (depth + 2 - id).
-    As released: the patch embedding has id 0, block i has i + 1, norm and head have depth + 1, so
+    """Groups for AdamW, each with its learning rate's "scale", layer_decay ** (depth + 2 - layer).
+    As released: the patch embedding is layer 0, block i is i + 1, norm and head are depth + 1, so
     the head itself runs at `layer_decay` times the rate. No decay on biases and LayerNorm."""
     depth, groups = len(model.encoder.blocks), {}
     for name, parameter in model.named_parameters():
@@ -140,11 +140,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", help="labelled images, or 'demo': the recipe for ImageNet-1k")
     add("--videos", help="labelled videos, or 'demo': the recipe for Something-Something v2")
     add("--out", help="folder of the run (default: runs/, with the checkpoint's folder or name)")
-    add("--epochs", type=int, help="default of this and the next ones: see the README")
+    add("--epochs", type=int, help="defaults from here on: see the README")
     add("--batch-size", type=int, help="over all processes")
     add("--lr", type=float, help="peak (default: in proportion to the batch size)")
     add("--weight-decay", type=float, help="not on biases and LayerNorm")
-    add("--layer-decay", type=float, help="factor of the learning rate from layer to layer")
+    add("--layer-decay", type=float, help="learning rate of a layer relative to the next one up")
     add("--drop-path", type=float, help="probability in the last block")
     add("--augment", choices=["full", "crop"], help="all of the recipe's, or crop and flip only")
     add("--freeze", action="store_true", help="train norm and head only")
@@ -152,7 +152,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if bool(args.images) == bool(args.videos):
         parser.error("expected one of --images DIR and --videos DIR")
     if (args.checkpoint == "scratch") != bool(args.model):
-        parser.error("expected --model with --checkpoint scratch, and only there")
+        parser.error("expected --model with --checkpoint scratch, and only then")
     name = Path(args.checkpoint).parent.name or args.checkpoint
     args.out = args.out or f"runs/{name}_{'images' if args.images else 'videos'}"
     return args
@@ -175,8 +175,8 @@ def main(args: argparse.Namespace) -> int | None:
     run, kind, start = train.Run(args), "images" if args.images else "videos", None
     if args.checkpoint != "scratch":
         start = run.first_rank_first(omnimae.load_checkpoint, args.checkpoint)
-        names = {cfg.dim: name for name, cfg in omnimae.MODELS.items()}
-        args.model = names.get(start.cfg.dim, "other")
+        sizes = {cfg.dim: name for name, cfg in omnimae.MODELS.items()}
+        args.model = sizes.get(start.cfg.dim, "other")
     fill_in(args, kind)
     # The data
     root = train.data_root(args.images or args.videos, kind, run)

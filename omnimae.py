@@ -139,7 +139,7 @@ def unpatchify(patches: Tensor, patch_size: tuple, grid: tuple) -> Tensor:
 def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, int]]:
     """Images (B, 3, H, W) or clips (B, 3, T, H, W) -> patches (B, N, P), and the grid they form.
 
-    An image is a video of one frame, repeated to fill a patch, of any size that the patch divides.
+    An image, of any size that the patch divides, is a video of one frame, repeated to fill a patch.
     A clip must have the model's size. ValueError for anything else.
     """
     t, h, w = cfg.patch_size
@@ -165,7 +165,7 @@ def to_pixels(patches: Tensor) -> Tensor:
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1). Takes
-    pixels in [0, 1], (B, N, P): from ImageNet-normalised ones only the 1e-6 would differ. Returns
+    pixels in [0, 1], (B, N, P); normalised ones would only change the weight of the 1e-6. Returns
     patches (B, N, P), and the means and standard deviations that they had, (B, N, 1, 3)."""
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
@@ -194,34 +194,34 @@ def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
 # Masking (paper, section 3)
 
 
-def random_mask(batch: int, num: int, ratio: float, generator=None) -> Tensor:
-    """Draws a mask for each sample, uniformly over time and space at once: bool (B, N), True for
-    int(ratio * N) masked patches of N = `num`."""
-    M = int(ratio * num)
-    if not 0 < M < num:
-        raise ValueError(f"mask ratio {ratio}: mask at least 1 of {num} patches, leave at least 1")
-    order = torch.rand(batch, num, generator=generator).argsort(1)  # (B, N), a random permutation
-    return torch.zeros(batch, num, dtype=torch.bool).scatter(1, order[:, :M], True)
+def random_mask(B: int, N: int, ratio: float, generator=None) -> Tensor:
+    """Draws a mask for each sample, uniformly over time and space at once. Returns bool (B, N),
+    True for the int(ratio * N) masked patches."""
+    M = int(ratio * N)
+    if not 0 < M < N:
+        raise ValueError(f"mask ratio {ratio} of {N} patches: mask at least 1, leave at least 1")
+    order = torch.rand(B, N, generator=generator).argsort(1)  # (B, N), a random permutation
+    return torch.zeros(B, N, dtype=torch.bool).scatter(1, order[:, :M], True)
 
 
-def split_mask(mask: Tensor, batch: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_mask(mask_or_visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns visible (B, V) and masked (B, M) indices in raster order, and the bool mask (B, N).
 
-    `mask` is bool (B, N), True = masked; or the visible patches' int64 indices (B, V), from which V
-    is known without a GPU sync. (Duplicate indices are not checked: that needs one.)
+    Takes a mask, bool (B, N), True = masked; or the visible patches' int64 indices (B, V), from
+    which V is known without a GPU sync. (Checking them for duplicates would need one.)
     """
-    visible = mask
-    if mask.dtype == torch.bool and mask.shape == (batch, num):
-        if len(set(mask.sum(1).tolist())) > 1:
+    visible = mask_or_visible
+    if visible.dtype == torch.bool and visible.shape == (B, N):
+        if len(set(visible.sum(1).tolist())) > 1:
             raise ValueError("got a mask whose rows mask different numbers of patches")
-        visible = (~mask).nonzero()[:, 1].view(batch, -1)  # (B, V)
+        visible = (~visible).nonzero()[:, 1].view(B, -1)  # (B, V)
     V = visible.shape[-1]
-    if visible.dtype != torch.int64 or visible.shape != (batch, V) or not 0 < V < num:
+    if visible.dtype != torch.int64 or visible.shape != (B, V) or not 0 < V < N:
         raise ValueError(
-            f"got a mask of {mask.dtype} {tuple(mask.shape)}: expected bool {(batch, num)}, True = "
-            f"masked, or visible indices, int64 ({batch}, V); mask at least 1, leave at least 1"
+            f"got a mask of {mask_or_visible.dtype} {tuple(mask_or_visible.shape)}: expected bool "
+            f"{(B, N)}, True = masked, or visible indices, int64 ({B}, V), of some but not all"
         )
-    mask = torch.ones(batch, num, dtype=torch.bool, device=mask.device).scatter(1, visible, False)
+    mask = torch.ones(B, N, dtype=torch.bool, device=visible.device).scatter(1, visible, False)
     order = mask.byte().argsort(dim=1, stable=True)  # (B, N): the visible, then the masked
     return order[:, :V], order[:, V:], mask
 
@@ -289,8 +289,8 @@ def init_weights(model: nn.Module, init_matrix) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# The models (paper, section 3). The final LayerNorm is the caller's of `Encoder`: `OmniMAE` applies
-# it to each token, `Classifier` after the mean over patches.
+# The models (paper, section 3). `Encoder` leaves the final LayerNorm to its caller: `OmniMAE`
+# applies it to each token, `Classifier` after the mean over patches.
 
 
 class Encoder(nn.Module):
@@ -306,7 +306,7 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg.dim, cfg.heads, drop_path=rate) for rate in rates])
 
     def forward(self, patches: Tensor, grid: tuple, visible: Tensor | None = None) -> Tensor:
-        """Patches (B, N, P), visible indices (B, V) or None for all -> (B, V, D)."""
+        """Patches (B, N, P), visible indices (B, V) or None for all -> (B, V or N, D)."""
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         if visible is not None:
             patches, positions = take(patches, visible), positions[visible]  # (B, V, P), (B, V, D)
@@ -314,9 +314,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predicts the masked patches, normalised, from the encoder's normed tokens.
+    """Predicts the masked patches, normalised, from the encoder's tokens, normalised.
 
-    Attention does not depend on order, so [visible, masked] is never shuffled back into the raster:
+    Attention does not depend on order, so [visible, masked] is never put back in raster order:
     each token carries its position. Mask token and positions have encoder width, as released.
     """
 
@@ -435,7 +435,7 @@ CHECKPOINTS = {
 
 
 @contextmanager
-def _errors_name(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
+def _naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
     """Re-raises any error as a ValueError of one line that names the file."""
     try:
         yield
@@ -494,7 +494,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     a released checkpoint's ("vit_b_ssv2"), a URL, or the path of a released file or of this
     project's. ValueError for what cannot be found, read or fitted."""
     file = read_checkpoint(str(name))
-    with _errors_name(name, "not an OmniMAE checkpoint, or of an unknown size"):
+    with _naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
         state = convert_released(file.get("model", file))  # changes nothing in this project's
         if "config" in file:
             cfg = OmniMAEConfig(**file["config"])
@@ -525,7 +525,7 @@ Listing = namedtuple("Listing", ["paths", "labels", "classes"])  # labels, class
 
 def read_classes(path: str | os.PathLike) -> list[str]:
     """The class names in a labels.json such as SSv2's, {"name": "0", ...}, in order of index."""
-    with _errors_name(path, "not a labels.json"):
+    with _naming_errors(path, "not a labels.json"):
         index = json.loads(Path(path).read_text())
         return sorted(index, key=lambda name: int(index[name]))
 
@@ -540,8 +540,8 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
     """Lists the "images" or "videos" of a data set's "train" or "val" split, in a fixed order.
 
     Layouts: ImageNet (train/<class>/*, val/<class>/*), SSv2 (labels/*.json and
-    20bn-something-something-v2/*.webm), any folder of class folders, a flat folder without labels.
-    The index of a class is the rank of its folder's name. ValueError for anything else.
+    20bn-something-something-v2/*.webm), any folder of class folders (none called train or val), a
+    flat folder without labels. A class has the rank of its name. ValueError for anything else.
     """
     root = Path(root)
     if not root.is_dir():
@@ -564,8 +564,8 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
         return Listing(flat, None, None)
     if flat or empty or not classes:
         raise ValueError(
-            f"{root}: expected {kind} in it, or in each of its folders, one for a class; found "
-            f"{len(flat)} in it and none in the folders: {', '.join(empty[:5]) or '-'}"
+            f"{root}: expected {kind} in it, or in every one of its class folders; found "
+            f"{len(flat)} in it, and none in these folders: {', '.join(empty[:5]) or '-'}"
         )
     labels = [label for label, paths in enumerate(classes.values()) for _ in paths]
     return Listing([path for paths in classes.values() for path in paths], labels, list(classes))
@@ -575,7 +575,7 @@ def _list_ssv2(root: Path, split: str) -> Listing:
     folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
     classes = read_classes(root / "labels" / "labels.json")
     index = {name: i for i, name in enumerate(classes)}  # names are templates without brackets
-    with _errors_name(path):
+    with _naming_errors(path):
         samples = json.loads(path.read_text())
         labels = [index[x["template"].replace("[", "").replace("]", "")] for x in samples]
         return Listing([f"{folder}/{x['id']}.webm" for x in samples], labels, classes)
@@ -584,7 +584,7 @@ def _list_ssv2(root: Path, split: str) -> Listing:
 def read_image(path: str | os.PathLike) -> Tensor:
     """Reads an image, uint8 (3, H, W), always RGB; 16 bit is cut to 8, EXIF orientation ignored.
     ValueError names a file that cannot be read."""
-    with _errors_name(path), PIL.Image.open(path) as image:
+    with _naming_errors(path), PIL.Image.open(path) as image:
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
             image = PIL.Image.fromarray((np.array(image) >> 8).clip(0, 255).astype(np.uint8))
         return pil_to_tensor(image.convert("RGB"))
@@ -613,7 +613,7 @@ def read_clip(path: str | os.PathLike, start: float, duration: float, num_frames
 
 @contextmanager
 def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
-    with _errors_name(path), av.open(os.path.abspath(path)) as container:
+    with _naming_errors(path), av.open(os.path.abspath(path)) as container:
         if not container.streams.video:
             raise ValueError("no video stream")
         stream = container.streams.video[0]
@@ -629,8 +629,9 @@ def _read_window(container, stream, start: Fraction, duration: Fraction, num_fra
     first_pts = stream.start_time or 0
     begin = first_pts + math.ceil(start / stream.time_base)
     end = first_pts + math.ceil((start + duration) / stream.time_base)
-    for target in (begin, first_pts):  # if the first seek lands too late, decode from the start
-        container.seek(target, stream=stream)  # to the keyframe before
+    # to the keyframe before; where that lands too late, once more from the start of the file
+    for seek in ({"offset": begin, "stream": stream}, {"offset": 0}):
+        container.seek(**seek)
         frames, landed = [], math.inf
         for frame in container.decode(stream):
             landed = min(landed, frame.pts)

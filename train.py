@@ -5,7 +5,7 @@
 
 Every random number is a function of (seed, epoch, file, view), the order one of (seed, epoch). So a
 resumed run ends with the same bits on a CPU, and the number of processes, workers or micro-batches
-changes nothing in a step. finetune.py and eval.py share what stands before `look`.
+changes nothing in a step. finetune.py and eval.py import all above `look` but `parse_args`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import av
 import numpy as np
@@ -38,7 +38,7 @@ from torchvision.transforms import v2
 import omnimae
 
 # ------------------------------------------------------------------------------------------------
-# The recipe: the released one for ViT-B. The README says where each value comes from.
+# The learning rate. (The README says where each value of the recipe comes from.)
 
 KINDS = ("images", "videos")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -61,31 +61,31 @@ Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how
 class Steps:
     """The order of a run, for a DataLoader's `batch_sampler`: this rank's micro-batches from step
     `start` on. A step takes all its views from one kind of data. An epoch's steps come in one
-    random order, as many views as there are files: with 4 views of each, every 4th video."""
+    random order, as many views as there are files: with 4 views each, a quarter of the videos."""
 
-    def __init__(self, files: dict, views: dict, args: argparse.Namespace, run: "Run"):
-        self.files, self.views, self.batch, self.seed = files, views, args.batch_size, args.seed
-        self.rank, self.start, share = run.rank, 0, self.batch // run.world
-        self.micro = args.micro_batch or min(share, 64 if run.device.type == "cuda" else 16)
+    def __init__(self, num_files: dict, num_views: dict, args: argparse.Namespace, run: "Run"):
+        self.num_files, self.num_views, self.seed = num_files, num_views, args.seed  # of each kind
+        self.batch, self.rank, self.start = args.batch_size, run.rank, 0
+        share = args.batch_size // run.world
+        self.micro = args.micro_batch or min(share or 1, 64 if run.device.type == "cuda" else 16)
         self.accumulate = share // self.micro  # micro-batches of a rank in a step
-        for kind, num in files.items():
-            if self.batch % (run.world * self.micro) or self.micro % views[kind]:
-                parts = f"{run.world} processes x --micro-batch {self.micro} x {views[kind]} a file"
-                raise ValueError(f"--batch-size {self.batch} does not divide into {parts}")
-            if num * views[kind] < self.batch:
+        for kind, num in num_files.items():
+            if self.batch % (run.world * self.micro) or self.micro % num_views[kind]:
+                unit = f"{run.world} processes x --micro-batch {self.micro} (of {num_views[kind]})"
+                raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit}")
+            if num * num_views[kind] < self.batch:
                 raise ValueError(f"--batch-size {self.batch} is too large for {num} {kind}")
-        self.per_epoch = sum(max(1, num // self.batch) for num in files.values())
+        self.per_epoch = sum(max(1, num // self.batch) for num in num_files.values())
         self.total = args.epochs * self.per_epoch
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for epoch in range(self.start // self.per_epoch, self.total // self.per_epoch):
             steps = []  # of this epoch, over all ranks; each takes one block of the shuffled files
-            for kind, num in self.files.items():
+            for kind, num in self.num_files.items():
                 rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
-                samples = [
-                    Sample(kind, epoch, int(x), self.views[kind]) for x in rng.permutation(num)
-                ]
-                size = self.batch // self.views[kind]  # files in a step
+                views, order = self.num_views[kind], rng.permutation(num).tolist()
+                samples = [Sample(kind, epoch, index, views) for index in order]
+                size = self.batch // views  # files in a step
                 blocks = range(max(1, num // self.batch))
                 steps += [samples[i * size : (i + 1) * size] for i in blocks]
             order = np.random.default_rng((self.seed, epoch)).permutation(len(steps)).tolist()
@@ -104,7 +104,7 @@ def seed_all(*key: int) -> None:
 
 
 class Views(Dataset):
-    """Random views of files, or centre crops to look at, where `splits` says of which split."""
+    """Random views of files or, where `splits` names each kind's split, centre crops to look at."""
 
     def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, splits=None):
         self.cfg, self.seed, self.splits, size = cfg, seed, splits, cfg.image_size
@@ -132,7 +132,7 @@ class Views(Dataset):
                 return omnimae.read_clips(path, starts, self.cfg.num_frames)[0], index
             except ValueError as error:
                 print(error, file=sys.stderr, flush=True)
-        raise ValueError(f"20 {kind} in a row cannot be read: see the messages above")
+        raise ValueError(f"20 {kind} in a row could not be read: see the messages above")
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Pixels uint8 (views, 3, [T,] H, W), and the indices of visible patches (views, V)."""
@@ -147,11 +147,11 @@ class Views(Dataset):
 
 
 def make_loader(dataset, run: "Run", **options) -> DataLoader:
-    time.sleep(0.1)  # forking workers during a gloo collective can deadlock (Python 3.11)
+    time.sleep(0.1)  # let gloo finish: forking in a collective can deadlock (Python 3.11)
     return DataLoader(
         dataset, num_workers=run.workers, persistent_workers=run.workers > 0,
         multiprocessing_context="fork" if run.workers > 0 else None,
-        worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),  # for main only
+        worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),  # for main
         pin_memory=run.device.type == "cuda", **options,
     )  # fmt: skip
 
@@ -177,7 +177,7 @@ class Run:
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
         if self.world > 1:
             store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == local_world:  # keep addresses apart from those before a restart
+            if self.world == local_world:  # a restart must not read the addresses before it
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -199,7 +199,7 @@ class Run:
         return result if self.local_rank == 0 else get(*args)
 
     def say(self, text: str, **line) -> None:
-        """Prints on rank 0, and adds `line` to log.jsonl, where a step's last line counts."""
+        """Prints on rank 0; adds `line` to log.jsonl, where a step's last line counts."""
         if self.rank == 0:
             print(text, flush=True)
         if self.rank == 0 and line:
@@ -208,14 +208,14 @@ class Run:
 
     def resume(self, recipe: dict, **states) -> dict:
         """Continues from last.pt, if there is one of the same recipe, and returns its content.
-        `states`: model, optimizer, scaler. From here on, a signal finishes the step and saves."""
+        `states`: model, optimizer, scaler. From here on, signals let a step finish and save."""
         self.recipe, self.states, path, file = recipe, states, self.out / "last.pt", {}
         self.out.mkdir(parents=True, exist_ok=True)
         if path.exists():
             file = omnimae.read_checkpoint(str(path))
-            for key, value in recipe.items():
-                if (old := file.get("recipe", {}).get(key)) != value:
-                    raise ValueError(f"{path} has {key} {old}, not {value}: give another --out")
+            for key in recipe | (old := file.get("recipe", {})):
+                if old.get(key) != recipe.get(key):
+                    raise ValueError(f"{path} has {key} {old.get(key)!s:.60}: give another --out")
             for key, state in states.items():
                 state.load_state_dict(file[key])
             self.step = self.first_step = file["step"]
@@ -266,9 +266,9 @@ class Run:
         loss = self.sum_over_ranks(loss.item())[0] / self.world
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.step} is {loss}: try a lower --lr")
-        seconds = time.monotonic() - self.interval_began
-        speed, wait = self.views / seconds, self.waited / seconds
-        memory = torch.cuda.max_memory_allocated() or resource.getrusage(0).ru_maxrss * 1024
+        elapsed = time.monotonic() - self.interval_began
+        speed, wait = self.views / elapsed, self.waited / elapsed
+        memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
         pace = (time.monotonic() - self.began) / (self.step - self.first_step)
         minutes, seconds = divmod(int(pace * (total - self.step)), 60)
         self.say(
@@ -309,7 +309,7 @@ def run_script(main, parse_args) -> None:
         stopped_by = main(parse_args())
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (ValueError, OSError, FloatingPointError) as error:  # a worker's has its traceback
+    except (ValueError, OSError, FloatingPointError) as error:  # a worker's: drop its traceback
         sys.exit(f"{sys.argv[0]}: " + str(error).rsplit("ValueError: ", 1)[-1].strip())
     except (RuntimeError, MemoryError) as error:
         if "out of memory" not in str(error) and "allocate" not in str(error):
@@ -333,20 +333,20 @@ def parse(parser: argparse.ArgumentParser, argv: list | None, training=True) -> 
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of autocast (see README)")
-    add("--workers", type=int, help="loader processes (default: cores of each process less one)")
+    add("--workers", type=int, help="loader processes (default: a process's CPU cores less one)")
     if training:
         add("--seed", type=int, default=0, help="seeds everything random (default: 0)")
-        add("--micro-batch", type=int, help="views at once (default: 64 on a GPU, 16 on a CPU)")
+        add("--micro-batch", type=int, help="views at once per process (default: GPU 64, CPU 16)")
         add("--checkpoint-activations", action="store_true", help="less memory, a third more FLOPs")
         add("--compile", action="store_true", help="torch.compile the model")
         add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
-        add("--save-minutes", type=float, default=10.0, help="between checkpoints (default: 10)")
+        add("--save-minutes", type=float, default=10.0, help="between saves (default: 10)")
     args = parser.parse_args(argv)
     may_be_0 = ("workers", "seed", "weight_decay", "drop_path", "save_minutes")
     for name, value in vars(args).items():
-        positive = type(value) not in (int, float) or 0 < value < math.inf
-        if value == "" or not (positive or value == 0 and name in may_be_0):
-            parser.error(f"--{name.replace('_', '-')}: {value!r} is no name or positive number")
+        fine = type(value) not in (int, float) or 0 < value < math.inf
+        if value == "" or not (fine or value == 0 and name in may_be_0):
+            parser.error(f"--{name.replace('_', '-')} must be a positive number or name: {value!r}")
     return args
 
 
@@ -359,9 +359,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--videos", help="folder of videos, or 'demo'; without either, both are the demo set")
     add("--out", help="folder of the run (default: runs/MODEL)")
     add("--init", help="pretraining checkpoint to start from: released name, URL or path")
-    add("--epochs", type=int, help="passes over the data (default: 800; demo 12)")
-    add("--batch-size", type=int, help="views a step, over all ranks (default: 2048; demo 64)")
-    add("--lr", type=float, help="peak, default in proportion to the batch (1.6e-3; demo 6e-4)")
+    add("--epochs", type=int, help="default: 800; demo model or data 12")
+    add("--batch-size", type=int, help="views per step, over all processes (2048; demo 64)")
+    add("--lr", type=float, help="peak (default: batch x 1.6e-3 / 2048; demo model 6e-4 / 64)")
     add("--video-views", type=int, default=4, help="views of a video in a step (default: 4)")
     add("--image-mask-ratio", type=float, help="default: 0.90; demo model 0.75")
     add("--video-mask-ratio", type=float, help="default: 0.95; demo model 0.90")
@@ -400,7 +400,7 @@ MOTIONS = {  # what changes from the first frame to the last: x, y, size and ang
 
 
 def draw_shape(rng, shape: str, num_frames=1, motion=(0, 0, 0, 0), angle=0.0) -> np.ndarray:
-    """One large shape, uint8 (T, 72, 96, 3), lit from above: the shape is what differs most."""
+    """One large shape, uint8 (T, 72, 96, 3). The wall is brighter at the top, the shape below."""
     y, x = np.mgrid[:72, :96] - np.array([36, 48])[:, None, None]
     t = np.linspace(-0.5, 0.5, num_frames)[:, None, None] * (num_frames > 1)  # (T, 1, 1)
     x0, y0 = rng.uniform(-14, 14) + 32 * motion[0] * t, rng.uniform(-8, 8) + 26 * motion[1] * t
@@ -417,7 +417,7 @@ def draw_shape(rng, shape: str, num_frames=1, motion=(0, 0, 0, 0), angle=0.0) ->
 
 def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=320) -> None:
     """Writes the demo data set to a new folder: the same files every time, complete or not at all.
-    JPEGs in ImageNet's layout, by shape; VP9 .webm in SSv2's, by motion, not told by one frame."""
+    JPEGs in ImageNet's layout, by shape; VP9 .webm in SSv2's, by motion, which no frame shows."""
     if Path(root).exists():
         return
     print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
@@ -432,7 +432,7 @@ def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=3
 
     def write_video(i):
         rng = np.random.default_rng([1, i])
-        shape = ("half", "star", "triangle", "square")[rng.integers(4)]  # whose turning shows
+        shape = ("half", "star", "triangle", "square")[rng.integers(4)]  # whose rotation is visible
         num_frames, motion = int(rng.integers(24, 49)), MOTIONS[motions[i % 8]]
         frames = draw_shape(rng, shape, num_frames, motion, angle=rng.uniform(0, 2 * np.pi))
         with av.open(clips / f"{i + 1}.webm", "w", options={"fflags": "bitexact"}) as file:
@@ -472,10 +472,9 @@ def data_root(name: str, kind: str, run: Run) -> str:
 @torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
 @torch.no_grad()
 def look(model: omnimae.OmniMAE, held_out: Views, run: Run, autocast) -> None:
-    """Logs the loss of 32 images and 8 clips, beside that of predicting 0, and draws the first."""
+    """Logs the loss of 32 files of each kind, beside that of predicting 0, and draws the first."""
     for kind, paths in held_out.paths.items():
-        num = {"images": 32, "videos": 8}[kind]
-        indices = np.linspace(0, len(paths) - 1, min(num, len(paths))).astype(int).tolist()
+        indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
         views = [held_out[Sample(kind, 0, index, 1)] for index in indices]  # always the same
         pixels, visible = (torch.cat(x).to(run.device) for x in zip(*views))
         x = omnimae.normalize(pixels)
@@ -498,7 +497,7 @@ def main(args: argparse.Namespace) -> int | None:
     roots = {kind: data_root(vars(args)[kind], kind, run) for kind in KINDS if vars(args)[kind]}
     paths = {kind: omnimae.list_media(root, kind).paths for kind, root in roots.items()}
     splits = {x: "val" if omnimae.has_validation(roots[x], x) else "train" for x in roots}
-    held_out = {x: omnimae.list_media(roots[x], x, splits[x]).paths for x in roots}
+    look_at = {x: omnimae.list_media(roots[x], x, splits[x]).paths for x in roots}
     files = {kind: len(paths[kind]) for kind in paths}
     steps = Steps(files, {"images": 1, "videos": args.video_views}, args, run)
 
@@ -525,7 +524,7 @@ def main(args: argparse.Namespace) -> int | None:
     run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler)
     run.say(f"pretraining {args.model} on {' and '.join(f'{files[x]:,} {x}' for x in files)}")
     run.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {run.out}/")
-    held_out = Views(cfg, held_out, args.seed, splits)
+    held_out = Views(cfg, look_at, args.seed, splits)
     dataset = Views(cfg, paths, args.seed)
     steps.start = run.step
     batches = iter(make_loader(dataset, run, batch_sampler=steps))
@@ -546,6 +545,7 @@ def main(args: argparse.Namespace) -> int | None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+
         run.end_step(args.batch_size, args.save_minutes)
         last = run.step == steps.total
         if run.step == 1 or run.step % args.log_every == 0 or last:
