@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     model = run.first_rank_first(omnimae.load_checkpoint, args.checkpoint).to(run.device)
     pretrained = isinstance(model, omnimae.OmniMAE)
     if pretrained and (args.labels or not args.files):
-        raise ValueError(f"{args.checkpoint} has no classes: it takes files, without --labels")
+        raise ValueError(f"{args.checkpoint} has no classes: finetune it, or give only files")
     if not pretrained and args.mask_ratio:
         raise ValueError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
     autocast, _ = train.precision(args, run.device, model.cfg)

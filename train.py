@@ -66,14 +66,15 @@ class Steps:
     def __init__(self, num_files: dict, num_views: dict, args: argparse.Namespace, run: "Run"):
         self.num_files, self.num_views, self.seed = num_files, num_views, args.seed  # of each kind
         self.batch, self.rank, self.start = args.batch_size, run.rank, 0
-        share = args.batch_size // run.world
-        self.micro = args.micro_batch or min(share or 1, 64 if run.device.type == "cuda" else 16)
+        share, most = self.batch // run.world, 64 if run.device.type == "cuda" else 16
+        self.micro = args.micro_batch or min(max(1, share), most)
         self.accumulate = share // self.micro  # micro-batches of a rank in a step
         for kind, num in num_files.items():
-            if self.batch % (run.world * self.micro) or self.micro % num_views[kind]:
-                unit = f"{run.world} processes x --micro-batch {self.micro} (of {num_views[kind]})"
+            views = num_views[kind]
+            if self.batch % (run.world * self.micro) or self.micro % views:
+                unit = f"{run.world} processes x --micro-batch {self.micro} ({views} views a file)"
                 raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit}")
-            if num * num_views[kind] < self.batch:
+            if num * views < self.batch:
                 raise ValueError(f"--batch-size {self.batch} is too large for {num} {kind}")
         self.per_epoch = sum(max(1, num // self.batch) for num in num_files.values())
         self.total = args.epochs * self.per_epoch
@@ -545,7 +546,6 @@ def main(args: argparse.Namespace) -> int | None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-
         run.end_step(args.batch_size, args.save_minutes)
         last = run.step == steps.total
         if run.step == 1 or run.step % args.log_every == 0 or last:
