@@ -1125,7 +1125,7 @@ def whole_runs(data, tmp_path_factory) -> Path:
     [("train", signal.SIGKILL, 1), ("finetune", signal.SIGTERM, 1), ("train", signal.SIGTERM, 2)],
 )
 def test_a_run_ended_by_a_signal_resumes(name, number, processes, data, tmp_path, whole_runs):
-    """With the same bits; two processes give the same weights as one, but for rounding."""
+    """With the same bits; two processes give the same weights as one, up to rounding."""
     process, last = start(name, data, tmp_path / "run", processes), tmp_path / "run" / "last.pt"
     while not last.exists() and process.poll() is None:
         time.sleep(0.01)
