@@ -587,7 +587,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
     with _naming_errors(path), PIL.Image.open(path) as image:
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
             image = PIL.Image.fromarray((np.array(image) >> 8).clip(0, 255).astype(np.uint8))
-        return pil_to_tensor(image.convert("RGB"))
+        return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_clips(path: str | os.PathLike, starts: Sequence, num_frames: int) -> Tensor:
