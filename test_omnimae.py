@@ -362,7 +362,7 @@ def test_a_bad_checkpoint_is_an_error_that_names_it(how, tmp_path):
     small = released_state(Classifier(replace(TINY, dim=32), 8))
     if how == "a key is missing":
         del state["trunk.blocks.1.norm1.bias"]
-    torch.save({"code": {"model": os.mkdir}, "another size": small}.get(how, state), path)
+    torch.save({"code": {"model": state, "x": len}, "another size": small}.get(how, state), path)
     if how == "damaged":
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match="bad.pt"):
