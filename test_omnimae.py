@@ -1141,7 +1141,7 @@ def test_a_run_ended_by_a_signal_resumes(name, number, processes, data, tmp_path
 
 def test_a_wrong_command_ends_in_a_sentence(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    commands = [(train, "--images nowhere"), (train, f"--images {data}/images --lr 0")]
+    commands = [(train, "--images nowhere"), (train, f"--images {data}/images --epochs -1")]
     commands += [(finetune, f"--checkpoint vit_x --images {data}/images")]
     for script, options in [*commands, (evaluation, "--checkpoint x.pt x.png")]:
         with pytest.raises(SystemExit) as end:
