@@ -1139,11 +1139,11 @@ def test_a_run_ended_by_a_signal_resumes(name, number, processes, data, tmp_path
     torch.testing.assert_close(one["model"], other["model"], atol=1e-5, rtol=0)
 
 
-def test_a_wrong_command_ends_in_a_sentence(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    commands = [(train, "--images nowhere"), (train, f"--images {data}/images --epochs -1")]
-    commands += [(finetune, f"--checkpoint vit_x --images {data}/images")]
-    for script, options in [*commands, (evaluation, "--checkpoint x.pt x.png")]:
+def test_a_wrong_command_ends_in_a_sentence(data, capsys):
+    own = f"--model tiny --images {data}/images --batch-size 16"
+    commands = [(train, "--images nowhere"), (train, f"{own} --epochs -1")]
+    commands += [(finetune, "--checkpoint vit_x --images x"), (evaluation, "--checkpoint x.pt x")]
+    for script, options in commands:
         with pytest.raises(SystemExit) as end:
             train.run_script(script.main, lambda: script.parse_args(options.split()))
         message = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
