@@ -190,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--labels", help="class names, only with files, as in SSv2's labels.json")
     add("--mask-ratio", type=float, help="of reconstructions (default: the checkpoint's)")
     add("--out", default="reconstructions", help="folder for pictures (default: reconstructions)")
-    args = train.parse(parser, argv, training=False)
+    args = train.parse_shared(parser, argv, training=False)
     if bool(args.images) + bool(args.videos) + bool(args.files) != 1:
         parser.error("expected one of --images DIR, --videos DIR, or files")
     return args

@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-path", type=float, help="probability in the last block")
     add("--augment", choices=["full", "crop"], help="all of the recipe's, or crop and flip only")
     add("--freeze", action="store_true", help="train norm and head only")
-    args = train.parse(parser, argv)
+    args = train.parse_shared(parser, argv)
     if bool(args.images) == bool(args.videos):
         parser.error("expected one of --images DIR and --videos DIR")
     if (args.checkpoint == "scratch") != bool(args.model):
@@ -178,14 +178,12 @@ def main(args: argparse.Namespace) -> int | None:
         sizes = {cfg.dim: name for name, cfg in omnimae.MODELS.items()}
         args.model = sizes.get(start.cfg.dim, "other")
     fill_in(args, kind)
-    # The data
     root = train.data_root(args.images or args.videos, kind, run)
     listing = list_labelled(root, kind, "train")
     validation = list_labelled(root, kind, "val", listing.classes)
-    files, classes = {kind: len(listing.paths)}, listing.classes
-    steps = train.Steps(files, {kind: 1}, args, run)
+    num_files, classes = len(listing.paths), listing.classes
+    steps = train.Steps({kind: num_files}, {kind: 1}, args, run)
 
-    # The model
     torch.manual_seed(args.seed)
     model = build(args, kind, start, classes)
     parallel = train.prepare(model, args, run)
@@ -196,12 +194,13 @@ def main(args: argparse.Namespace) -> int | None:
     cutmix = v2.CutMix(alpha=1.0, num_classes=len(classes))
     mix = v2.RandomChoice([mixup, cutmix])  # one of the two for each micro-batch
     names = ("checkpoint", "model", "freeze", "seed", *RECIPES[kind])
-    recipe = {name: getattr(args, name) for name in names} | files | {"classes": classes}
+    recipe = {name: getattr(args, name) for name in names}
+    recipe |= {"files": num_files, "classes": classes}
     best = run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler).get("best", -1.0)
-    run.say(f"finetuning {args.model} on {files[kind]:,} {kind} of {len(classes)} classes")
+    run.say(f"finetuning {args.model} on {num_files:,} {kind} of {len(classes)} classes")
     run.say(f"{steps.total:,} steps of {args.batch_size}; log, last.pt and best.pt: {run.out}/")
-    dataset, steps.start = Labelled(model.cfg, kind, listing, args.seed, args.augment), run.step
-    batches = iter(train.make_loader(dataset, run, batch_sampler=steps))
+    dataset = Labelled(model.cfg, kind, listing, args.seed, args.augment)
+    batches = iter(train.make_loader(dataset, run, batch_sampler=steps.micro_batches(run.step)))
     val_loader = file_loader(validation, kind, model.cfg, 1, run)  # one view of each, for speed
     iter(val_loader)  # starts its workers now, for all epochs
 
@@ -248,7 +247,7 @@ def main(args: argparse.Namespace) -> int | None:
     else:
         run.say(f"done: {run.out}/best.pt has validation top-1 {best:.2f} %. Next:")
         run.say(f"torchrun eval.py --checkpoint {run.out}/best.pt --{kind} {vars(args)[kind]}")
-    return run.signal
+    return run.stopped_by
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a cli
     tokens      (B, V, D)        D = 768
       |      mask token (D)      learned, one copy for each masked patch: (B, M, D)
       |           |
-      |  + position, embed       in both: positions of width D, then a linear layer D -> D'
+      |  + position, embed       on both paths: positions of width D, then a linear layer D -> D'
       +-----------+              [visible, masked], in that order
       |  4 blocks                a small decoder over all N
     tokens      (B, N, D')       D' = 384
@@ -143,18 +143,17 @@ def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, i
     A clip must have the model's size. ValueError for anything else.
     """
     t, h, w = cfg.patch_size
-    clip_size = (cfg.num_frames, cfg.image_size, cfg.image_size)
     video = x.unsqueeze(2) if x.ndim == 4 else x  # (B, 3, T, H, W)
-    T, H, W = video.shape[2:] if video.ndim == 5 and video.shape[1] == 3 else (0, 0, 0)
-    is_image = T == 1 and min(H, W) > 0 and H % h == 0 and W % w == 0
-    if not x.is_floating_point() or not (is_image or (T, H, W) == clip_size):
+    shape, clip = video.shape[1:], (3, cfg.num_frames, cfg.image_size, cfg.image_size)
+    is_image = len(shape) == 4 and shape[:2] == (3, 1) and shape[2] % h == shape[3] % w == 0
+    if not x.is_floating_point() or not (is_image or shape == clip):
         raise ValueError(
             f"got {x.dtype} {tuple(x.shape)}: expected floats from normalize(), (B, 3, H, W) of "
-            f"whole {h} x {w} patches or (B, 3, {clip_size[0]}, {clip_size[1]}, {clip_size[2]})"
+            f"whole {h} x {w} patches or (B, {', '.join(map(str, clip))})"
         )
     if is_image:
         video = video.expand(-1, -1, t, -1, -1)  # (B, 3, t, H, W)
-    return patchify(video, cfg.patch_size), (video.shape[2] // t, H // h, W // w)
+    return patchify(video, cfg.patch_size), (video.shape[2] // t, shape[2] // h, shape[3] // w)
 
 
 def to_pixels(patches: Tensor) -> Tensor:
@@ -165,8 +164,8 @@ def to_pixels(patches: Tensor) -> Tensor:
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1). Takes
-    pixels in [0, 1], (B, N, P); normalised ones would only change the weight of the 1e-6. Returns
-    patches (B, N, P), and the means and standard deviations that they had, (B, N, 1, 3)."""
+    pixels in [0, 1], (B, N, P); ImageNet-normalised ones would only change the weight of the 1e-6.
+    Returns patches (B, N, P), and the means and standard deviations they had, (B, N, 1, 3)."""
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
     std = (var + 1e-6).sqrt()
@@ -211,10 +210,10 @@ def split_mask(mask_or_visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor,
     which V is known without a GPU sync. (Checking them for duplicates would need one.)
     """
     visible = mask_or_visible
-    if visible.dtype == torch.bool and visible.shape == (B, N):
-        if len(set(visible.sum(1).tolist())) > 1:
+    if mask_or_visible.dtype == torch.bool and mask_or_visible.shape == (B, N):
+        if len(set(mask_or_visible.sum(1).tolist())) > 1:
             raise ValueError("got a mask whose rows mask different numbers of patches")
-        visible = (~visible).nonzero()[:, 1].view(B, -1)  # (B, V)
+        visible = (~mask_or_visible).nonzero()[:, 1].view(B, -1)  # (B, V)
     V = visible.shape[-1]
     if visible.dtype != torch.int64 or visible.shape != (B, V) or not 0 < V < N:
         raise ValueError(
@@ -279,8 +278,8 @@ class Block(nn.Module):
 
 
 def init_weights(model: nn.Module, init_matrix) -> None:
-    """Draws all linear layers' weights with `init_matrix`; biases are 0, except the patch
-    embedding's, which keeps PyTorch's default, uniform within 1/sqrt(P), as released."""
+    """Draws all linear layers' weights with `init_matrix`. Biases are 0, except that of the patch
+    embedding: as released, it keeps PyTorch's default, uniform within 1/sqrt(P)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             init_matrix(module.weight)
@@ -314,7 +313,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predicts the masked patches, normalised, from the encoder's tokens, normalised.
+    """Predicts the masked patches (see `normalize_patches`) from the encoder's tokens (after norm).
 
     Attention does not depend on order, so [visible, masked] is never put back in raster order:
     each token carries its position. Mask token and positions have encoder width, as released.
@@ -332,11 +331,11 @@ class Decoder(nn.Module):
         self.head = nn.Linear(cfg.decoder_dim, cfg.patch_values)
 
     def forward(self, x: Tensor, grid: tuple, visible: Tensor, masked: Tensor) -> Tensor:
-        """Tokens (B, V, D), indices (B, V) and (B, M) -> normalised patches (B, M, P)."""
+        """Tokens (B, V, D), indices (B, V) and (B, M) -> predictions (B, M, P)."""
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
         mask_tokens = self.embed(self.mask_token + positions)  # (N, D'), the same for all samples
-        mask_tokens = F.embedding(masked, mask_tokens)  # (B, M, D'); indexing has a slow backward
+        mask_tokens = F.embedding(masked, mask_tokens)  # mask_tokens[masked], a faster backward
         x = torch.cat([x, mask_tokens], dim=1)  # (B, N, D')
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
         return self.head(self.norm(x))  # (B, M, P)
@@ -383,8 +382,8 @@ class OmniMAE(nn.Module):
         patches, grid = to_patches(x, self.cfg)
         pixels = to_pixels(patches.float())  # (B, N, P)
         _, mean, std = normalize_patches(pixels)  # (B, N, 1, 3)
-        pred = pred.unflatten(2, (-1, 3)).flatten(0, 1) * std[mask] + mean[mask]  # (B M, P/3, 3)
-        pixels[mask] = pred.flatten(1)  # (B M, P)
+        pred = pred.unflatten(2, (-1, 3)).flatten(0, 1)  # (B M, P/3, 3), in raster order as [mask]
+        pixels[mask] = (pred * std[mask] + mean[mask]).flatten(1)  # (B M, P)
         video = unpatchify(pixels, self.cfg.patch_size, grid).clamp(0, 1)  # (B, 3, T, H, W)
         return video.mean(2, keepdim=True) if grid[0] == 1 else video
 
@@ -462,15 +461,15 @@ def read_checkpoint(name: str) -> dict:
             url, file_name=file, map_location="cpu", weights_only=True
         ))  # fmt: skip
     except Exception as error:  # torch.load raises many kinds
-        reason = "not a checkpoint: truncated, damaged, or with more than tensors in it"
+        reason = "not a checkpoint: truncated, damaged, or with code in it"
         raise ValueError(f"{name}: {error if isinstance(error, OSError) else reason}") from error
 
 
 def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts a released state dict to this project's keys and shapes. Takes the nine files, and
-    what the released trainer saves, with the head under `heads.0.`. Other keys stay as they are."""
+    what the released trainer saves, with the head under `heads.0.`. Other keys stay the same."""
     head = "decoder.head." if "trunk.mask_token" in state else "head."
-    renames = {
+    renames = {  # the first that fits is used
         "trunk.mask_token": "decoder.mask_token", "trunk.pos_embed": "encoder.pos_embed",
         "trunk.patch_embed.proj.1.": "encoder.patch_embed.", "trunk.blocks.": "encoder.blocks.",
         "trunk.norm.": "norm.", "trunk.decoder.decoder_embed.": "decoder.embed.",
@@ -495,7 +494,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     project's. ValueError for what cannot be found, read or fitted."""
     file = read_checkpoint(str(name))
     with _naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
-        state = convert_released(file.get("model", file))  # changes nothing in this project's
+        state = convert_released(file.get("model", file))  # this project's own keys stay the same
         if "config" in file:
             cfg = OmniMAEConfig(**file["config"])
         else:
@@ -515,7 +514,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
 # ------------------------------------------------------------------------------------------------
 # Media: data sets as people download them, images and clips
 
-CLIP_SECONDS = Fraction(2.7)  # of a clip, in training and evaluation
+CLIP_SECONDS = Fraction(2.7)  # of a clip, in training and evaluation; the float, as released
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
@@ -541,7 +540,7 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
 
     Layouts: ImageNet (train/<class>/*, val/<class>/*), SSv2 (labels/*.json and
     20bn-something-something-v2/*.webm), any folder of class folders (none called train or val), a
-    flat folder without labels. A class has the rank of its name. ValueError for anything else.
+    flat folder without labels. Class folders are numbered in order. ValueError for anything else.
     """
     root = Path(root)
     if not root.is_dir():
@@ -600,8 +599,9 @@ def read_clips(path: str | os.PathLike, starts: Sequence, num_frames: int) -> Te
             times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             length = max(times, default=0) - (stream.start_time or 0)
         last_start = max(length * stream.time_base - CLIP_SECONDS, 0)
-        windows = [(Fraction(start) * last_start, CLIP_SECONDS) for start in starts]
-        return torch.stack([_read_window(container, stream, *x, num_frames) for x in windows])
+        begins = [Fraction(start) * last_start for start in starts]  # in seconds
+        clips = [_read_window(container, stream, x, CLIP_SECONDS, num_frames) for x in begins]
+        return torch.stack(clips)
 
 
 def read_clip(path: str | os.PathLike, start: float, duration: float, num_frames: int) -> Tensor:

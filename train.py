@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py --model vit_b --images IN1K --videos SSV2
 
 Every random number is a function of (seed, epoch, file, view), the order one of (seed, epoch). So a
-resumed run ends with the same bits on a CPU, and the number of processes, workers or micro-batches
-changes nothing in a step. finetune.py and eval.py import all above `look` but `parse_args`.
+resumed run ends with the same bits on a CPU, and a step's files, crops and masks do not depend on
+the number of processes, workers or micro-batches. finetune.py and eval.py import from this file.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from torchvision.transforms import v2
 
 import omnimae
 
+KINDS = ("images", "videos")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # let a step finish, then save and end the run
+
 # ------------------------------------------------------------------------------------------------
 # The learning rate. (The README says where each value of the recipe comes from.)
-
-KINDS = ("images", "videos")
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=0.05) -> float:
@@ -59,41 +59,44 @@ Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how
 
 
 class Steps:
-    """The order of a run, for a DataLoader's `batch_sampler`: this rank's micro-batches from step
-    `start` on. A step takes all its views from one kind of data. An epoch's steps come in one
-    random order, as many views as there are files: with 4 views each, a quarter of the videos."""
+    """The steps of a run. Each takes one batch of views, all of images or all of videos. An epoch
+    has as many views of each kind as there are files: with 4 views of a file, a quarter of them."""
 
     def __init__(self, num_files: dict, num_views: dict, args: argparse.Namespace, run: "Run"):
-        self.num_files, self.num_views, self.seed = num_files, num_views, args.seed  # of each kind
-        self.batch, self.rank, self.start = args.batch_size, run.rank, 0
+        self.num_files, self.num_views = num_files, num_views  # of each kind; views of a file
+        self.batch, self.seed, self.rank = args.batch_size, args.seed, run.rank
         share, most = self.batch // run.world, 64 if run.device.type == "cuda" else 16
-        self.micro = args.micro_batch or min(max(1, share), most)
+        self.micro = args.micro_batch or min(max(1, share), most)  # views
         self.accumulate = share // self.micro  # micro-batches of a rank in a step
         for kind, num in num_files.items():
             views = num_views[kind]
             if self.batch % (run.world * self.micro) or self.micro % views:
-                unit = f"{run.world} processes x --micro-batch {self.micro} ({views} views a file)"
-                raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit}")
+                unit = f"{run.world} processes x --micro-batch {self.micro}, this of {views} views"
+                raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit} a file")
             if num * views < self.batch:
                 raise ValueError(f"--batch-size {self.batch} is too large for {num} {kind}")
         self.per_epoch = sum(max(1, num // self.batch) for num in num_files.values())
         self.total = args.epochs * self.per_epoch
 
-    def __iter__(self) -> Iterator[list[Sample]]:
-        for epoch in range(self.start // self.per_epoch, self.total // self.per_epoch):
-            steps = []  # of this epoch, over all ranks; each takes one block of the shuffled files
-            for kind, num in self.num_files.items():
-                rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
-                views, order = self.num_views[kind], rng.permutation(num).tolist()
-                samples = [Sample(kind, epoch, index, views) for index in order]
-                size = self.batch // views  # files in a step
-                blocks = range(max(1, num // self.batch))
-                steps += [samples[i * size : (i + 1) * size] for i in blocks]
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(steps)).tolist()
-            for i in order[max(0, self.start - epoch * self.per_epoch) :]:
-                num = self.micro // steps[i][0].views  # files in a micro-batch
-                for j in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
-                    yield steps[i][j * num : (j + 1) * num]
+    def of_epoch(self, epoch: int) -> list[list[Sample]]:
+        """The samples of each step of an epoch, over all ranks: files and steps are shuffled."""
+        steps = []
+        for kind, num in self.num_files.items():
+            rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
+            files, views = rng.permutation(num).tolist(), self.num_views[kind]
+            size = self.batch // views  # files in a step
+            for start in range(0, size * max(1, num // self.batch), size):
+                steps.append([Sample(kind, epoch, x, views) for x in files[start : start + size]])
+        rng = np.random.default_rng((self.seed, epoch, 0))
+        return [steps[i] for i in rng.permutation(len(steps))]
+
+    def micro_batches(self, first_step: int) -> Iterator[list[Sample]]:
+        """What this rank loads from `first_step` on, for a DataLoader's `batch_sampler`."""
+        for epoch in range(first_step // self.per_epoch, self.total // self.per_epoch):
+            for samples in self.of_epoch(epoch)[max(0, first_step - epoch * self.per_epoch) :]:
+                size = self.micro // samples[0].views  # files in a micro-batch
+                for i in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+                    yield samples[i * size : (i + 1) * size]
 
 
 def seed_all(*key: int) -> None:
@@ -105,21 +108,21 @@ def seed_all(*key: int) -> None:
 
 
 class Views(Dataset):
-    """Random views of files or, where `splits` names each kind's split, centre crops to look at."""
+    """Views of files, each with a random mask: random crops, or centre crops to look at."""
 
-    def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, splits=None):
-        self.cfg, self.seed, self.splits, size = cfg, seed, splits, cfg.image_size
+    def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, centre_crop=False):
+        self.cfg, self.seed, size = cfg, seed, cfg.image_size
         # arrays: the reference counts of a list would make each worker copy its million strings
         self.paths = {kind: np.array([os.fsencode(x) for x in paths[kind]]) for kind in paths}
         image = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
         video = v2.RandomResizedCrop(size, (0.08, 1.0))  # bilinear; no flip: directions matter
         self.crops = {"images": v2.Compose([image, v2.RandomHorizontalFlip(0.5)]), "videos": video}
-        if splits:
+        if centre_crop:
             self.crops = dict.fromkeys(KINDS, v2.Compose([v2.Resize(size), v2.CenterCrop(size)]))
 
     def read(self, sample: Sample) -> tuple[Tensor, int]:
-        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index. A file that cannot be
-        read is named and replaced by a random one. ValueError after twenty."""
+        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index. Names a file that cannot
+        be read, and reads a random one instead. ValueError after twenty."""
         kind, epoch, index, _ = sample
         for attempt in range(20):
             seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
@@ -141,7 +144,7 @@ class Views(Dataset):
         media, _ = self.read(sample)
         for view in range(sample.views):
             seed_all(self.seed, sample.epoch, sample.index, KINDS.index(sample.kind), 1 + view)
-            pixels.append(self.crops[sample.kind](media).movedim(-3, 0))
+            pixels.append(self.crops[sample.kind](media).movedim(-3, 0))  # (3, [T,] H, W)
             mask = omnimae.random_mask(1, *self.cfg.masking(sample.kind))
             visible.append((~mask[0]).nonzero()[:, 0])
         return torch.stack(pixels), torch.stack(visible)
@@ -152,7 +155,7 @@ def make_loader(dataset, run: "Run", **options) -> DataLoader:
     return DataLoader(
         dataset, num_workers=run.workers, persistent_workers=run.workers > 0,
         multiprocessing_context="fork" if run.workers > 0 else None,
-        worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),  # for main
+        worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
         pin_memory=run.device.type == "cuda", **options,
     )  # fmt: skip
 
@@ -178,13 +181,13 @@ class Run:
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
         if self.world > 1:
             store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == local_world:  # a restart must not read the addresses before it
+            if self.world == local_world:  # a restart must not reuse the last attempt's keys
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         self.out, self.step, self.first_step = Path(args.out), 0, 0
-        self.stop, self.save_due, self.signal = False, False, None  # signal: the one that came
+        self.stop, self.save_due, self.stopped_by = False, False, None  # by: a signal's number
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Sums numbers over all ranks, on the host: no GPU sync."""
@@ -214,9 +217,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         if path.exists():
             file = omnimae.read_checkpoint(str(path))
-            for key in recipe | (old := file.get("recipe", {})):
-                if old.get(key) != recipe.get(key):
-                    raise ValueError(f"{path} has {key} {old.get(key)!s:.60}: give another --out")
+            old = file.get("recipe", {})
+            other = {key: old.get(key) for key in old | recipe if old.get(key) != recipe.get(key)}
+            if other:
+                raise ValueError(f"{path} is of a run with {other!s:.200}: give another --out")
             for key, state in states.items():
                 state.load_state_dict(file[key])
             self.step = self.first_step = file["step"]
@@ -224,7 +228,7 @@ class Run:
         if self.sum_over_ranks(self.step)[0] != self.step * self.world:
             raise ValueError(f"not all machines see the same {path}: --out must be a shared folder")
         for number in SIGNALS:
-            signal.signal(number, lambda number, _: setattr(self, "signal", number))
+            signal.signal(number, lambda which, _: setattr(self, "stopped_by", which))
         self.began = self.saved = time.monotonic()
         self.begin_interval()
         return file
@@ -259,7 +263,7 @@ class Run:
         self.step += 1
         self.views += views
         due = self.rank == 0 and time.monotonic() - self.saved > 60 * save_minutes
-        signals, due = self.sum_over_ranks(self.signal is not None, due)
+        signals, due = self.sum_over_ranks(self.stopped_by is not None, due)
         self.stop, self.save_due = signals > 0, due > 0
 
     def report(self, label: str, loss: Tensor, lr: float, total: int) -> None:
@@ -281,10 +285,13 @@ class Run:
 
 
 def precision(args: argparse.Namespace, device: torch.device, cfg: omnimae.OmniMAEConfig) -> tuple:
-    """Autocast and gradient scaler: bfloat16, or float16 on GPUs without it; demo model float32."""
-    name = args.dtype or ("float32" if cfg.dim < 256 else "bfloat16")
-    if not args.dtype and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    """Autocast and gradient scaler. The default is bfloat16, or float16 on GPUs without it; float32
+    for the demo model, and on CPUs without AVX-512, on which bfloat16 is many times slower."""
+    slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    name = "float32" if slow or cfg.dim < 256 else "bfloat16"
+    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         name = "float16"
+    name = args.dtype or name
     autocast = torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
     return autocast, torch.amp.GradScaler(device.type, enabled=name == "float16")
 
@@ -297,9 +304,8 @@ def prepare(model: nn.Module, args: argparse.Namespace, run: Run) -> nn.Module:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
         model.compile(dynamic=False)  # once for images and once for videos
-    if run.world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False  # position tables: constants
+    if run.world > 1:  # the buffers are position tables, constants
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model
 
 
@@ -329,7 +335,7 @@ def run_script(main, parse_args) -> None:
 # Options
 
 
-def parse(parser: argparse.ArgumentParser, argv: list | None, training=True) -> argparse.Namespace:
+def parse_shared(parser: argparse.ArgumentParser, argv, training=True) -> argparse.Namespace:
     """Adds the options that the scripts share, and parses. Numbers are positive; some may be 0."""
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
@@ -366,7 +372,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--video-views", type=int, default=4, help="views of a video in a step (default: 4)")
     add("--image-mask-ratio", type=float, help="default: 0.90; demo model 0.75")
     add("--video-mask-ratio", type=float, help="default: 0.95; demo model 0.90")
-    args = parse(parser, argv)
+    args = parse_shared(parser, argv)
     if not (args.images or args.videos):
         args.images = args.videos = "demo"
     demo = "demo" in (args.model, args.images, args.videos)
@@ -376,6 +382,100 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.lr = args.lr or peak * args.batch_size
     args.out = args.out or f"runs/{args.model}"
     return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+@torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
+@torch.no_grad()
+def look(model: omnimae.OmniMAE, dataset: Views, splits: dict, run: Run, autocast) -> None:
+    """Logs the loss of 32 files of each kind, beside that of predicting 0, and draws the first."""
+    for kind, paths in dataset.paths.items():
+        indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
+        samples = [dataset[Sample(kind, 0, index, 1)] for index in indices]  # always the same
+        pixels, visible = (torch.cat(x).to(run.device) for x in zip(*samples))
+        x = omnimae.normalize(pixels)
+        with autocast:
+            loss, _, mask = model(x, visible)
+            picture = omnimae.draw_reconstruction(model, x[0], mask[0])
+        masked = omnimae.to_patches(x, model.cfg)[0][mask]  # (B M, P)
+        target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked[None]))
+        loss, zero = loss.item(), target.square().mean().item()
+        (run.out / "pictures").mkdir(exist_ok=True)
+        picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
+        name = f"{splits[kind]} {kind}"
+        text = f"step {run.step:6d}  {name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
+        run.say(text, label=name, look_loss=loss, zero_loss=zero)
+    run.begin_interval()
+
+
+def main(args: argparse.Namespace) -> int | None:
+    run = Run(args)
+    roots = {kind: data_root(vars(args)[kind], kind, run) for kind in KINDS if vars(args)[kind]}
+    paths = {kind: omnimae.list_media(root, kind).paths for kind, root in roots.items()}
+    num_files = {kind: len(paths[kind]) for kind in paths}
+    steps = Steps(num_files, {"images": 1, "videos": args.video_views}, args, run)
+    splits = {x: "val" if omnimae.has_validation(roots[x], x) else "train" for x in roots}
+    look_at = {x: omnimae.list_media(roots[x], x, splits[x]).paths for x in roots}
+
+    ratios = {x: vars(args)[x] for x in ("image_mask_ratio", "video_mask_ratio") if vars(args)[x]}
+    cfg = replace(omnimae.MODELS[args.model], **ratios)
+    for kind in roots:
+        omnimae.random_mask(1, *cfg.masking(kind))  # raises for a ratio that masks none or all
+    torch.manual_seed(args.seed)
+    if args.init:
+        model = run.first_rank_first(omnimae.load_checkpoint, args.init).train()
+        if not isinstance(model, omnimae.OmniMAE) or model.cfg.dim != cfg.dim:
+            raise ValueError(f"{args.init}: expected a pretraining checkpoint of {args.model}")
+        model.cfg = replace(cfg, decoder_qkv_bias=model.cfg.decoder_qkv_bias)
+    else:
+        model = omnimae.OmniMAE(cfg)
+    parallel = prepare(model, args, run)
+    matrices = [x for x in model.parameters() if x.ndim > 1]  # and the mask token
+    vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorm
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    autocast, scaler = precision(args, run.device, cfg)
+    names = ("model", "epochs", "batch_size", "lr", "video_views", "init", "seed")
+    recipe = {name: getattr(args, name) for name in names} | ratios | {"files": num_files}
+    run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler)
+    run.say(f"pretraining {args.model} on {' and '.join(f'{num_files[x]:,} {x}' for x in roots)}")
+    run.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {run.out}/")
+    views, views_to_look_at = Views(cfg, paths, args.seed), Views(cfg, look_at, args.seed, True)
+    batches = iter(make_loader(views, run, batch_sampler=steps.micro_batches(run.step)))
+
+    while run.step < steps.total and not run.stop:
+        lr = learning_rate(run.step, steps.total, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        mean_loss = torch.zeros((), device=run.device)
+        for i in range(steps.accumulate):
+            pixels, visible = (x.flatten(0, 1) for x in run.next_batch(batches))  # files, views
+            parallel.require_backward_grad_sync = i == steps.accumulate - 1  # ranks average once
+            with autocast:
+                loss, _, _ = parallel(omnimae.normalize(pixels), visible)
+            scaler.scale(loss / steps.accumulate).backward()
+            mean_loss += loss.detach() / steps.accumulate
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        run.end_step(args.batch_size, args.save_minutes)
+        last = run.step == steps.total
+        if run.step == 1 or run.step % args.log_every == 0 or last:
+            run.report("images" if pixels.ndim == 4 else "videos", mean_loss, lr, steps.total)
+        if run.rank == 0 and (run.step % math.ceil(steps.total / 10) == 0 or last):
+            look(model, views_to_look_at, splits, run, autocast)
+        if run.stop or run.save_due or last:
+            run.save()
+    if run.step < steps.total:
+        run.say(f"stopped and saved after step {run.step}; the same command resumes the run")
+        return run.stopped_by
+    run.say(f"done: {run.out}/last.pt; reconstructions in {run.out}/pictures/. Next:")
+    for kind in roots:
+        run.say(f"torchrun finetune.py --checkpoint {run.out}/last.pt --{kind} {vars(args)[kind]}")
+    return run.stopped_by
 
 
 # ------------------------------------------------------------------------------------------------
@@ -418,7 +518,7 @@ def draw_shape(rng, shape: str, num_frames=1, motion=(0, 0, 0, 0), angle=0.0) ->
 
 def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=320) -> None:
     """Writes the demo data set to a new folder: the same files every time, complete or not at all.
-    JPEGs in ImageNet's layout, by shape; VP9 .webm in SSv2's, by motion, which no frame shows."""
+    JPEGs in ImageNet's layout, a class a shape; VP9 .webm in SSv2's layout, a class a motion."""
     if Path(root).exists():
         return
     print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
@@ -464,106 +564,6 @@ def data_root(name: str, kind: str, run: Run) -> str:
     if name == "demo":
         run.first_rank_first(write_demo_data, "demo_data")
     return f"demo_data/{kind}" if name == "demo" else name
-
-
-# ------------------------------------------------------------------------------------------------
-# Pretraining
-
-
-@torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
-@torch.no_grad()
-def look(model: omnimae.OmniMAE, held_out: Views, run: Run, autocast) -> None:
-    """Logs the loss of 32 files of each kind, beside that of predicting 0, and draws the first."""
-    for kind, paths in held_out.paths.items():
-        indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
-        views = [held_out[Sample(kind, 0, index, 1)] for index in indices]  # always the same
-        pixels, visible = (torch.cat(x).to(run.device) for x in zip(*views))
-        x = omnimae.normalize(pixels)
-        with autocast:
-            loss, _, mask = model(x, visible)
-            picture = omnimae.draw_reconstruction(model, x[0], mask[0])
-        masked = omnimae.to_patches(x, model.cfg)[0][mask]  # (B M, P)
-        target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked[None]))
-        loss, zero = loss.item(), target.square().mean().item()
-        (run.out / "pictures").mkdir(exist_ok=True)
-        picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
-        name = f"{held_out.splits[kind]} {kind}"
-        text = f"step {run.step:6d}  {name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
-        run.say(text, label=name, held_out_loss=loss, zero_loss=zero)
-
-
-def main(args: argparse.Namespace) -> int | None:
-    run = Run(args)
-    # The data
-    roots = {kind: data_root(vars(args)[kind], kind, run) for kind in KINDS if vars(args)[kind]}
-    paths = {kind: omnimae.list_media(root, kind).paths for kind, root in roots.items()}
-    splits = {x: "val" if omnimae.has_validation(roots[x], x) else "train" for x in roots}
-    look_at = {x: omnimae.list_media(roots[x], x, splits[x]).paths for x in roots}
-    files = {kind: len(paths[kind]) for kind in paths}
-    steps = Steps(files, {"images": 1, "videos": args.video_views}, args, run)
-
-    # The model
-    ratios = {x: vars(args)[x] for x in ("image_mask_ratio", "video_mask_ratio") if vars(args)[x]}
-    cfg = replace(omnimae.MODELS[args.model], **ratios)
-    for kind in roots:
-        omnimae.random_mask(1, *cfg.masking(kind))  # a ratio that masks none or all ends here
-    torch.manual_seed(args.seed)
-    model = omnimae.OmniMAE(cfg)
-    if args.init:
-        model = run.first_rank_first(omnimae.load_checkpoint, args.init).train()
-    if not isinstance(model, omnimae.OmniMAE) or model.cfg.dim != cfg.dim:
-        raise ValueError(f"--init {args.init}: expected a pretraining checkpoint of {args.model}")
-    model.cfg = replace(cfg, decoder_qkv_bias=model.cfg.decoder_qkv_bias)
-    parallel = prepare(model, args, run)
-    matrices = [x for x in model.parameters() if x.ndim > 1]
-    vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorm
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    autocast, scaler = precision(args, run.device, cfg)
-    names = ("model", "epochs", "batch_size", "lr", "video_views", "init", "seed")
-    recipe = {name: vars(args)[name] for name in names} | ratios | files
-    run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler)
-    run.say(f"pretraining {args.model} on {' and '.join(f'{files[x]:,} {x}' for x in files)}")
-    run.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {run.out}/")
-    held_out = Views(cfg, look_at, args.seed, splits)
-    dataset = Views(cfg, paths, args.seed)
-    steps.start = run.step
-    batches = iter(make_loader(dataset, run, batch_sampler=steps))
-
-    while run.step < steps.total and not run.stop:
-        lr = learning_rate(run.step, steps.total, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        mean_loss = torch.zeros((), device=run.device)
-        for i in range(steps.accumulate):
-            pixels, visible = (x.flatten(0, 1) for x in run.next_batch(batches))
-            parallel.require_backward_grad_sync = i == steps.accumulate - 1  # ranks average once
-            x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W)
-            with autocast:
-                loss, _, _ = parallel(x, visible)
-            scaler.scale(loss / steps.accumulate).backward()
-            mean_loss += loss.detach() / steps.accumulate
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        run.end_step(args.batch_size, args.save_minutes)
-        last = run.step == steps.total
-        if run.step == 1 or run.step % args.log_every == 0 or last:
-            run.report("images" if pixels.ndim == 4 else "videos", mean_loss, lr, steps.total)
-        if run.step % math.ceil(steps.total / 10) == 0 or last:
-            if run.rank == 0:
-                look(model, held_out, run, autocast)
-            run.begin_interval()
-        if run.stop or run.save_due or last:
-            run.save()
-    if run.step < steps.total:
-        run.say(f"stopped and saved after step {run.step}; the same command resumes the run")
-    else:
-        run.say(f"done: {run.out}/last.pt; reconstructions in {run.out}/pictures/. Next:")
-        command = f"torchrun finetune.py --checkpoint {run.out}/last.pt"
-        for kind in roots:
-            run.say(f"{command} --{kind} {vars(args)[kind]}")
-    return run.signal
 
 
 if __name__ == "__main__":
