@@ -65,8 +65,8 @@ class Steps:
     def __init__(self, num_files: dict, num_views: dict, args: argparse.Namespace, run: "Run"):
         self.num_files, self.num_views = num_files, num_views  # of each kind; views of a file
         self.batch, self.seed, self.rank = args.batch_size, args.seed, run.rank
-        share, most = self.batch // run.world, 64 if run.device.type == "cuda" else 16
-        self.micro = args.micro_batch or min(max(1, share), most)  # views
+        share, slow = self.batch // run.world, run.device.type == "cpu" and args.model != "demo"
+        self.micro = args.micro_batch or min(max(1, share), 16 if slow else 64)  # views
         self.accumulate = share // self.micro  # micro-batches of a rank in a step
         for kind, num in num_files.items():
             views = num_views[kind]
@@ -343,7 +343,7 @@ def parse_shared(parser: argparse.ArgumentParser, argv, training=True) -> argpar
     add("--workers", type=int, help="loader processes (default: a process's CPU cores less one)")
     if training:
         add("--seed", type=int, default=0, help="seeds everything random (default: 0)")
-        add("--micro-batch", type=int, help="views at once per process (default: GPU 64, CPU 16)")
+        add("--micro-batch", type=int, help="views at once per process (64; 16 for a ViT on a CPU)")
         add("--checkpoint-activations", action="store_true", help="less memory, a third more FLOPs")
         add("--compile", action="store_true", help="torch.compile the model")
         add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
