@@ -1,6 +1,6 @@
 """Evaluate a finetuned model, label files, or look at reconstructions.
 
-    torchrun --nproc_per_node=8 eval.py --checkpoint vit_b_ssv2 --videos SSV2     top-1 and top-5
+    torchrun --nproc_per_node=8 eval.py --checkpoint vit_b_ssv2 --videos /data/ssv2    accuracy
     python eval.py --checkpoint vit_b_in1k dog.jpg cat.jpg                        five best labels
     python eval.py --checkpoint vit_b_pretrain dog.jpg clip.mp4                   reconstructions
 
@@ -139,7 +139,7 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run
     loader = file_loader(listing, kind, model.cfg, CLIPS, run)
     top1, top5, unreadable = accuracy(model, loader, CROPS, run, autocast)
     run.say(f"{args.checkpoint} on {len(listing.paths):,} {kind} of {root}:")
-    run.say(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %; {unreadable} unreadable, counted as wrong")
+    run.say(f"top-1 {top1:.2f}%, top-5 {top5:.2f}%; {unreadable} unreadable, counted as wrong")
 
 
 def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:

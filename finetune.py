@@ -1,7 +1,7 @@
 """Finetune a pretrained encoder to classify images or videos. The same command resumes a run.
 
     torchrun finetune.py --checkpoint runs/demo/last.pt --videos demo             minutes on a CPU
-    torchrun --nproc_per_node=8 finetune.py --checkpoint vit_b_pretrain --images IN1K
+    torchrun --nproc_per_node=8 finetune.py --checkpoint vit_b_pretrain --images /data/in1k
 
 The run's folder holds best.pt, of the epoch with the best validation accuracy, beside last.pt.
 Random numbers are a function of (seed, epoch, file) for what the loader does, of (seed, step, rank,
@@ -28,7 +28,7 @@ RECIPES = {
         "epochs": 100, "batch_size": 1024, "lr": 4e-3, "warmup": 0.05, "weight_decay": 1e-4,
         "layer_decay": 0.65, "drop_path": 0.1, "augment": "full",
     },
-    "videos": {  # SSv2; the released file says 100 epochs, but counts 12.5 % as 5 in a comment
+    "videos": {  # SSv2; the released file says 100 epochs, but counts 12.5% as 5 in a comment
         "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.125, "weight_decay": 0.05,
         "layer_decay": 0.75, "drop_path": 0.1, "augment": "full",
     },
@@ -78,7 +78,7 @@ class Labelled(train.Views):
         if self.augment == "full":
             num, magnitude = (2, 9.0) if sample.kind == "images" else (4, 7.0)
             pixels = rand_augment(pixels, num, magnitude)
-            if torch.rand(()) < 0.25:  # erase a box of 2 to 33 % of the area
+            if torch.rand(()) < 0.25:  # erase a box of 2 to 33% of the area
                 drawn = self.erasing.make_params([pixels])
                 if drawn["v"] is not None:  # None: no box of these proportions fitted
                     box = torch.tensor([drawn[side] for side in "ijhw"])
@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> int | None:
             run.report(f"epoch {epoch}", mean_loss, lr, steps.total)
         if epoch_ends:  # eval.py has the whole protocol
             top1, top5, unreadable = accuracy(model, val_loader, 1, run, autocast)
-            text = f"step {run.step:6d}  validation: top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+            text = f"step {run.step:6d}  validation: top-1 {top1:.2f}%, top-5 {top5:.2f}%"
             run.say(text, epoch=epoch, top1=top1, top5=top5, unreadable=unreadable)
             if top1 > best:
                 best = top1
@@ -245,7 +245,7 @@ def main(args: argparse.Namespace) -> int | None:
     if run.step < steps.total:
         run.say(f"stopped and saved after step {run.step}; the same command resumes the run")
     else:
-        run.say(f"done: {run.out}/best.pt has validation top-1 {best:.2f} %. Next:")
+        run.say(f"done: {run.out}/best.pt has validation top-1 {best:.2f}%. Next:")
         run.say(f"torchrun eval.py --checkpoint {run.out}/best.pt --{kind} {vars(args)[kind]}")
     return run.stopped_by
 

@@ -8,7 +8,7 @@ P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a cli
     x           (B, 3, T, H, W)  ImageNet-normalised         16 x 224 x 224  (1 x 224 x 224)
       |                          an image is a video of one frame, repeated to fill a patch
     patches     (B, N, P)        2 x 16 x 16 pixels x 3      1568 x 1536     (196 x 1536)
-      |                          a random mask hides 95 % of a clip's patches, 90 % of an image's
+      |                          a random mask hides 95% of a clip's patches, 90% of an image's
     visible     (B, V, P)        all that the encoder sees   V = 79          (20)
       |  linear, + position
       |  12 blocks, norm         a plain ViT: no class token, fixed sine/cosine positions

@@ -1062,7 +1062,7 @@ def test_the_accuracy_is_that_of_plain_code(noise, run_script, capfd):
     top1, top5 = (100 * sum(rank < k for rank in ranks) / (len(ranks) + 1) for k in (1, 5))
     shown = capfd.readouterr()
     times = 2 if kind == "images" else 1  # the second by two processes, which say it once
-    assert shown.out.count(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %; 1 ") == times
+    assert shown.out.count(f"top-1 {top1:.2f}%, top-5 {top5:.2f}%; 1 ") == times
     assert broken.name in shown.err
 
 

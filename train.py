@@ -1,7 +1,7 @@
 """Pretrain OmniMAE on images and videos. The same command again resumes a run.
 
     torchrun train.py --model demo                                   minutes on a laptop's CPU
-    torchrun --nproc_per_node=8 train.py --model vit_b --images IN1K --videos SSV2
+    torchrun --nproc_per_node=8 train.py --model vit_b --images /data/in1k --videos /data/ssv2
 
 Every random number is a function of (seed, epoch, file, view), the order one of (seed, epoch). So a
 resumed run ends with the same bits on a CPU, and a step's files, crops and masks do not depend on
