@@ -149,7 +149,7 @@ def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
     if num == 1000 and (not names or names[0] == "n01440764"):
         return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # in the order of the wnids
     if names and len(names) != num:
-        raise ValueError(f"{path} has {len(names)} classes; expected the checkpoint's {num}")
+        raise ValueError(f"{path or 'the checkpoint'} names {len(names)} classes; it has {num}")
     return names or [f"class {i}" for i in range(num)]
 
 
@@ -180,7 +180,7 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    usage = "%(prog)s --checkpoint NAME (--images DIR | --videos DIR | FILE ...) [options]"
+    usage = "%(prog)s --checkpoint NAME (--images|--videos DIR | FILE ...) [options]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", required=True, help="released name (vit_b_in1k, ...), URL or path")

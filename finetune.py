@@ -132,7 +132,7 @@ def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    usage = "torchrun %(prog)s --checkpoint NAME (--images DIR | --videos DIR) [options]"
+    usage = "torchrun %(prog)s --checkpoint NAME --images|--videos DIR [options]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", required=True, help="released name (vit_b_pretrain), URL, path, 'scratch'")
@@ -159,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, kind: str) -> None:
-    """Fills in what was not given, from the recipe of this kind and size."""
+    """Fills in what was not given, and `warmup`, from the recipe of this kind and size."""
     recipe = RECIPES[kind] | LARGER.get(args.model, {})
     if kind == "images" and args.model in LARGER:
         recipe["epochs"] = 50
@@ -238,9 +238,10 @@ def main(args: argparse.Namespace) -> int | None:
             run.say(text, epoch=epoch, top1=top1, top5=top5, unreadable=unreadable)
             if top1 > best:
                 best = top1
-                run.save("best.pt", classes=classes, best=best)
+                if run.rank == 0:
+                    run.save("best.pt", classes=classes, best=best)
             run.begin_interval()
-        if run.stop or run.save_due or epoch_ends:
+        if run.rank == 0 and (run.stop or run.save_due or epoch_ends):
             run.save(classes=classes, best=best)
     if run.step < steps.total:
         run.say(f"stopped and saved after step {run.step}; the same command resumes the run")

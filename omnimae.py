@@ -151,9 +151,9 @@ def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, i
             f"got {x.dtype} {tuple(x.shape)}: expected floats from normalize(), (B, 3, H, W) of "
             f"whole {h} x {w} patches or (B, {', '.join(map(str, clip))})"
         )
-    if is_image:
-        video = video.expand(-1, -1, t, -1, -1)  # (B, 3, t, H, W)
-    return patchify(video, cfg.patch_size), (video.shape[2] // t, shape[2] // h, shape[3] // w)
+    video = video.expand(-1, -1, t, -1, -1) if is_image else video  # (B, 3, T or t, H, W)
+    T, H, W = video.shape[2:]
+    return patchify(video, cfg.patch_size), (T // t, H // h, W // w)
 
 
 def to_pixels(patches: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def split_mask(mask_or_visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor,
     """Returns visible (B, V) and masked (B, M) indices in raster order, and the bool mask (B, N).
 
     Takes a mask, bool (B, N), True = masked; or the visible patches' int64 indices (B, V), from
-    which V is known without a GPU sync. (Checking them for duplicates would need one.)
+    which V is known without a GPU sync. Duplicates are not checked.
     """
     visible = mask_or_visible
     if mask_or_visible.dtype == torch.bool and mask_or_visible.shape == (B, N):
@@ -382,7 +382,7 @@ class OmniMAE(nn.Module):
         patches, grid = to_patches(x, self.cfg)
         pixels = to_pixels(patches.float())  # (B, N, P)
         _, mean, std = normalize_patches(pixels)  # (B, N, 1, 3)
-        pred = pred.unflatten(2, (-1, 3)).flatten(0, 1)  # (B M, P/3, 3), in raster order as [mask]
+        pred = pred.unflatten(2, (-1, 3)).flatten(0, 1)  # (B M, P/3, 3), ordered as pixels[mask]
         pixels[mask] = (pred * std[mask] + mean[mask]).flatten(1)  # (B M, P)
         video = unpatchify(pixels, self.cfg.patch_size, grid).clamp(0, 1)  # (B, 3, T, H, W)
         return video.mean(2, keepdim=True) if grid[0] == 1 else video
@@ -417,7 +417,7 @@ def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Im
     seen = original.masked_fill(mask[None, :, None], 0.5)
     panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (original, seen)]
     panels.append(model.reconstruct(x[None], mask[None]))  # (1, 3, T, H, W)
-    T = panels[-1].shape[2]  # 1 for an image, whose patches hold it twice
+    T = panels[-1].shape[2]  # 1 for an image: its patches repeat the frame
     frames = torch.cat([panel[0, :, :T].movedim(1, 0) for panel in panels])  # (3 T, 3, H, W)
     return to_pil_image(make_grid(frames.cpu(), nrow=max(3, T), pad_value=1.0))
 
@@ -494,7 +494,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     project's. ValueError for what cannot be found, read or fitted."""
     file = read_checkpoint(str(name))
     with _naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
-        state = convert_released(file.get("model", file))  # this project's own keys stay the same
+        state = convert_released(file.get("model", file))
         if "config" in file:
             cfg = OmniMAEConfig(**file["config"])
         else:
@@ -514,7 +514,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
 # ------------------------------------------------------------------------------------------------
 # Media: data sets as people download them, images and clips
 
-CLIP_SECONDS = Fraction(2.7)  # of a clip, in training and evaluation; the float, as released
+CLIP_SECONDS = Fraction(2.7)  # of a clip; the float, as released, is not quite 27/10
 SUFFIXES = {
     "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
     "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
@@ -599,7 +599,7 @@ def read_clips(path: str | os.PathLike, starts: Sequence, num_frames: int) -> Te
             times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             length = max(times, default=0) - (stream.start_time or 0)
         last_start = max(length * stream.time_base - CLIP_SECONDS, 0)
-        begins = [Fraction(start) * last_start for start in starts]  # in seconds
+        begins = [Fraction(fraction) * last_start for fraction in starts]  # in seconds
         clips = [_read_window(container, stream, x, CLIP_SECONDS, num_frames) for x in begins]
         return torch.stack(clips)
 

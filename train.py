@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import av
 import numpy as np
@@ -60,19 +59,19 @@ Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how
 
 class Steps:
     """The steps of a run. Each takes one batch of views, all of images or all of videos. An epoch
-    has as many views of each kind as there are files: with 4 views of a file, a quarter of them."""
+    has as many views of a kind as it has files: with 4 views a video, a quarter of the videos."""
 
     def __init__(self, num_files: dict, num_views: dict, args: argparse.Namespace, run: "Run"):
-        self.num_files, self.num_views = num_files, num_views  # of each kind; views of a file
+        self.num_files, self.num_views = num_files, num_views  # both by kind; views of one file
         self.batch, self.seed, self.rank = args.batch_size, args.seed, run.rank
-        share, slow = self.batch // run.world, run.device.type == "cpu" and args.model != "demo"
-        self.micro = args.micro_batch or min(max(1, share), 16 if slow else 64)  # views
-        self.accumulate = share // self.micro  # micro-batches of a rank in a step
+        most = 16 if run.device.type == "cpu" and args.model != "demo" else 64  # views
+        self.micro = args.micro_batch or min(max(1, self.batch // run.world), most)
+        self.accumulate = self.batch // run.world // self.micro  # micro-batches of a rank in a step
         for kind, num in num_files.items():
             views = num_views[kind]
             if self.batch % (run.world * self.micro) or self.micro % views:
-                unit = f"{run.world} processes x --micro-batch {self.micro}, this of {views} views"
-                raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit} a file")
+                unit = f"{run.world} processes x --micro-batch {self.micro}, itself one of {views}"
+                raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit}")
             if num * views < self.batch:
                 raise ValueError(f"--batch-size {self.batch} is too large for {num} {kind}")
         self.per_epoch = sum(max(1, num // self.batch) for num in num_files.values())
@@ -121,11 +120,11 @@ class Views(Dataset):
             self.crops = dict.fromkeys(KINDS, v2.Compose([v2.Resize(size), v2.CenterCrop(size)]))
 
     def read(self, sample: Sample) -> tuple[Tensor, int]:
-        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index. Names a file that cannot
-        be read, and reads a random one instead. ValueError after twenty."""
+        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
+        unreadable file, and reads a random one instead. ValueError after twenty."""
         kind, epoch, index, _ = sample
         for attempt in range(20):
-            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
+            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)  # 0: no view
             if attempt > 0:
                 index = int(torch.randint(len(self.paths[kind]), ()))
             path = os.fsdecode(self.paths[kind][index])
@@ -151,7 +150,7 @@ class Views(Dataset):
 
 
 def make_loader(dataset, run: "Run", **options) -> DataLoader:
-    time.sleep(0.1)  # let gloo finish: forking in a collective can deadlock (Python 3.11)
+    time.sleep(0.1)  # let gloo finish: the fork below can deadlock in a collective (Python 3.11)
     return DataLoader(
         dataset, num_workers=run.workers, persistent_workers=run.workers > 0,
         multiprocessing_context="fork" if run.workers > 0 else None,
@@ -181,13 +180,13 @@ class Run:
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
         if self.world > 1:
             store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == local_world:  # a restart must not reuse the last attempt's keys
+            if self.world == local_world:  # one machine: no restart reuses old keys
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         self.out, self.step, self.first_step = Path(args.out), 0, 0
-        self.stop, self.save_due, self.stopped_by = False, False, None  # by: a signal's number
+        self.stop, self.save_due, self.stopped_by = False, False, None  # the signal
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Sums numbers over all ranks, on the host: no GPU sync."""
@@ -203,7 +202,7 @@ class Run:
         return result if self.local_rank == 0 else get(*args)
 
     def say(self, text: str, **line) -> None:
-        """Prints on rank 0; adds `line` to log.jsonl, where a step's last line counts."""
+        """Prints on rank 0, and adds `line` to log.jsonl. Resumed steps are logged again."""
         if self.rank == 0:
             print(text, flush=True)
         if self.rank == 0 and line:
@@ -234,10 +233,8 @@ class Run:
         return file
 
     def save(self, name: str = "last.pt", **more) -> None:
-        """Writes a checkpoint atomically: a killed run leaves the old file or the new one."""
+        """Rank 0 saves a checkpoint atomically: a killed run leaves the old file or the new."""
         self.saved, model = time.monotonic(), self.states["model"]
-        if self.rank > 0:
-            return
         if not all(weights.isfinite().all() for weights in model.parameters()):
             raise FloatingPointError(f"the weights of step {self.step} are not finite; not saved")
         content = {key: state.state_dict() for key, state in self.states.items()} | more
@@ -265,6 +262,7 @@ class Run:
         due = self.rank == 0 and time.monotonic() - self.saved > 60 * save_minutes
         signals, due = self.sum_over_ranks(self.stopped_by is not None, due)
         self.stop, self.save_due = signals > 0, due > 0
+        self.stopped_by = self.stopped_by or (signal.SIGTERM if self.stop else None)  # another rank
 
     def report(self, label: str, loss: Tensor, lr: float, total: int) -> None:
         """Logs and prints the step just ended. FloatingPointError if its loss is not finite."""
@@ -273,13 +271,13 @@ class Run:
             raise FloatingPointError(f"the loss of step {self.step} is {loss}: try a lower --lr")
         elapsed = time.monotonic() - self.interval_began
         speed, wait = self.views / elapsed, self.waited / elapsed
-        memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
         pace = (time.monotonic() - self.began) / (self.step - self.first_step)
         minutes, seconds = divmod(int(pace * (total - self.step)), 60)
         self.say(
             f"step {self.step:6d}  {label}  loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} views/s  "
             f"wait {wait:.0%}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left",
-            label=label, loss=loss, lr=lr, views_per_second=speed, wait=wait, memory_bytes=memory,
+            label=label, loss=loss, lr=lr, views_per_second=speed, wait=wait,
+            gpu_memory_bytes=torch.cuda.max_memory_allocated(),
         )  # fmt: skip
         self.begin_interval()
 
@@ -304,8 +302,9 @@ def prepare(model: nn.Module, args: argparse.Namespace, run: Run) -> nn.Module:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
         model.compile(dynamic=False)  # once for images and once for videos
-    if run.world > 1:  # the buffers are position tables, constants
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if run.world > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they are constant; as an argument it is deprecated
     return model
 
 
@@ -319,7 +318,7 @@ def run_script(main, parse_args) -> None:
     except (ValueError, OSError, FloatingPointError) as error:  # a worker's: drop its traceback
         sys.exit(f"{sys.argv[0]}: " + str(error).rsplit("ValueError: ", 1)[-1].strip())
     except (RuntimeError, MemoryError) as error:
-        if "out of memory" not in str(error) and "allocate" not in str(error):
+        if not any(x in repr(error) for x in ("MemoryError", "out of memory", "allocate")):
             raise
         sys.exit(f"{sys.argv[0]}: out of memory: try a smaller --micro-batch")
     finally:  # workers ignore SIGTERM, so kill them
@@ -378,8 +377,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     demo = "demo" in (args.model, args.images, args.videos)
     args.epochs = args.epochs or (12 if demo else 800)
     args.batch_size = args.batch_size or (64 if demo else 2048)
-    peak = 6e-4 / 64 if args.model == "demo" else 1.6e-3 / 2048
-    args.lr = args.lr or peak * args.batch_size
+    lr_per_view = 6e-4 / 64 if args.model == "demo" else 1.6e-3 / 2048
+    args.lr = args.lr or lr_per_view * args.batch_size
     args.out = args.out or f"runs/{args.model}"
     return args
 
@@ -417,11 +416,12 @@ def main(args: argparse.Namespace) -> int | None:
     paths = {kind: omnimae.list_media(root, kind).paths for kind, root in roots.items()}
     num_files = {kind: len(paths[kind]) for kind in paths}
     steps = Steps(num_files, {"images": 1, "videos": args.video_views}, args, run)
-    splits = {x: "val" if omnimae.has_validation(roots[x], x) else "train" for x in roots}
-    look_at = {x: omnimae.list_media(roots[x], x, splits[x]).paths for x in roots}
+    splits = {x: "val" if omnimae.has_validation(root, x) else "train" for x, root in roots.items()}
+    look_at = {kind: omnimae.list_media(roots[kind], kind, splits[kind]).paths for kind in roots}
 
-    ratios = {x: vars(args)[x] for x in ("image_mask_ratio", "video_mask_ratio") if vars(args)[x]}
-    cfg = replace(omnimae.MODELS[args.model], **ratios)
+    cfg = omnimae.MODELS[args.model]
+    ratios = {x: vars(args)[x] or getattr(cfg, x) for x in ("image_mask_ratio", "video_mask_ratio")}
+    cfg = replace(cfg, **ratios)
     for kind in roots:
         omnimae.random_mask(1, *cfg.masking(kind))  # raises for a ratio that masks none or all
     torch.manual_seed(args.seed)
@@ -443,8 +443,8 @@ def main(args: argparse.Namespace) -> int | None:
     run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler)
     run.say(f"pretraining {args.model} on {' and '.join(f'{num_files[x]:,} {x}' for x in roots)}")
     run.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {run.out}/")
-    views, views_to_look_at = Views(cfg, paths, args.seed), Views(cfg, look_at, args.seed, True)
-    batches = iter(make_loader(views, run, batch_sampler=steps.micro_batches(run.step)))
+    dataset, looks = Views(cfg, paths, args.seed), Views(cfg, look_at, args.seed, centre_crop=True)
+    batches = iter(make_loader(dataset, run, batch_sampler=steps.micro_batches(run.step)))
 
     while run.step < steps.total and not run.stop:
         lr = learning_rate(run.step, steps.total, args.lr)
@@ -455,7 +455,7 @@ def main(args: argparse.Namespace) -> int | None:
             pixels, visible = (x.flatten(0, 1) for x in run.next_batch(batches))  # files, views
             parallel.require_backward_grad_sync = i == steps.accumulate - 1  # ranks average once
             with autocast:
-                loss, _, _ = parallel(omnimae.normalize(pixels), visible)
+                loss, _, _ = parallel(omnimae.normalize(pixels), visible)  # a mask, as indices
             scaler.scale(loss / steps.accumulate).backward()
             mean_loss += loss.detach() / steps.accumulate
         scaler.step(optimizer)
@@ -466,8 +466,8 @@ def main(args: argparse.Namespace) -> int | None:
         if run.step == 1 or run.step % args.log_every == 0 or last:
             run.report("images" if pixels.ndim == 4 else "videos", mean_loss, lr, steps.total)
         if run.rank == 0 and (run.step % math.ceil(steps.total / 10) == 0 or last):
-            look(model, views_to_look_at, splits, run, autocast)
-        if run.stop or run.save_due or last:
+            look(model, looks, splits, run, autocast)
+        if run.rank == 0 and (run.stop or run.save_due or last):
             run.save()
     if run.step < steps.total:
         run.say(f"stopped and saved after step {run.step}; the same command resumes the run")
@@ -501,7 +501,7 @@ MOTIONS = {  # what changes from the first frame to the last: x, y, size and ang
 
 
 def draw_shape(rng, shape: str, num_frames=1, motion=(0, 0, 0, 0), angle=0.0) -> np.ndarray:
-    """One large shape, uint8 (T, 72, 96, 3). The wall is brighter at the top, the shape below."""
+    """One large shape, uint8 (T, 72, 96, 3). The wall is brightest at the top, the shape below."""
     y, x = np.mgrid[:72, :96] - np.array([36, 48])[:, None, None]
     t = np.linspace(-0.5, 0.5, num_frames)[:, None, None] * (num_frames > 1)  # (T, 1, 1)
     x0, y0 = rng.uniform(-14, 14) + 32 * motion[0] * t, rng.uniform(-8, 8) + 26 * motion[1] * t
