@@ -424,6 +424,8 @@ def test_an_image_is_read_as_rgb_whatever_its_mode(mode, tmp_path):
     image = PIL.Image.fromarray(pixels).convert(mode, palette=PIL.Image.ADAPTIVE)
     image.save(tmp_path / "image", "TIFF" if mode == "CMYK" else "PNG")
     assert torch.equal(omnimae.read_image(tmp_path / "image").movedim(0, 2), torch.tensor(pixels))
+    PIL.Image.fromarray(np.full((4, 6), 200 * 256 + 99, np.uint16)).save(tmp_path / "grey.png")
+    assert (omnimae.read_image(tmp_path / "grey.png") == 200).all()  # 16 bits: the high byte
 
 
 def right_frames(path: Path, start, duration, num_frames: int) -> list[int]:
@@ -663,9 +665,7 @@ def labelled(maps, kind: str, num: int, augment="full") -> list:
 
 @pytest.mark.parametrize("kind", train.KINDS)
 @pytest.mark.parametrize("stage", ["pretraining", "full", "crop"])
-def test_a_view_is_a_crop_of_the_recipes_area_flipped_only_in_images(
-    stage, kind, maps, rand_augment
-):
+def test_a_view_is_the_recipes_crop_flipped_only_in_images(stage, kind, maps, rand_augment):
     if stage == "pretraining":
         views = train.Views(TINY, {kind: [maps[kind]]}, 0)[train.Sample(kind, 0, 0, 250)][0]
     else:
@@ -738,9 +738,7 @@ def attention(monkeypatch) -> list:
     [(train, 64, "AVX512", torch.float32), (train, 256, "AVX512", torch.bfloat16),
      (finetune, 256, "AVX512", torch.bfloat16), (finetune, 256, "AVX2", torch.float32)],
 )  # fmt: skip
-def test_larger_models_run_in_bfloat16_where_it_is_fast(
-    script, dim, cpu, expected, run_script, monkeypatch, attention
-):
+def test_bfloat16_where_it_is_fast(script, dim, cpu, expected, run_script, monkeypatch, attention):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     monkeypatch.setitem(omnimae.MODELS, "wide", replace(TINY, dim=dim, depth=1))
     options = ["--model", "wide", "--epochs", 1, "--batch-size", 48]
@@ -757,7 +755,7 @@ def test_checkpointed_activations_are_computed_twice_and_change_no_bit(pretrain,
     same_bits(weights_of(one), weights_of(other))
 
 
-def test_a_run_logs_draws_and_keeps_its_mask_ratios(pretrain):
+def test_a_run_logs_draws_and_keeps_its_mask_ratios(pretrain, data):
     run = pretrain("--image-mask-ratio", 0.5, "--video-mask-ratio", 0.75, "--micro-batch", 4)
     for field, num in {"loss": 5, "look_loss": 10, "zero_loss": 10}.items():
         assert len(log_of(run, field)) == num
@@ -766,17 +764,18 @@ def test_a_run_logs_draws_and_keeps_its_mask_ratios(pretrain):
     assert (zeros == zeros[0]).all()  # always the same views
     cfg = omnimae.load_checkpoint(run / "last.pt").cfg
     assert cfg == replace(TINY, image_mask_ratio=0.5, video_mask_ratio=0.75)
-    assert len(list((run / "pictures").iterdir())) == 10
+    pictures = sorted((run / "pictures").iterdir())
+    original = omnimae.read_image(pictures[0])[:, 2:34, 2:34]
+    first = omnimae.read_image(omnimae.list_media(data / "images", "images", "val").paths[0])
+    centre = v2.CenterCrop(32)(v2.Resize(32)(first))
+    assert len(pictures) == 10 and (original.int() - centre.int()).abs().max() <= 1
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(pretrain, monkeypatch):
-    events, rename = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_size))
-    monkeypatch.setattr(
-        os, "replace", lambda *x: events.append(os.path.getsize(x[0])) or rename(*x)
-    )
-    pretrain(videos=False)
-    assert events == [events[0], events[0]] and events[0] > 100_000
+def test_init_starts_from_a_checkpoint_with_the_runs_own_mask_ratios(pretrain, tiny, tmp_path):
+    start = save_model(tiny, tmp_path / "start.pt")
+    run = pretrain("--init", start, "--seed", 1, "--lr", 1e-9, "--image-mask-ratio", 0.5)
+    torch.testing.assert_close(weights_of(run), dict(tiny.state_dict()), atol=1e-5, rtol=0)
+    assert omnimae.load_checkpoint(run / "last.pt").cfg.image_mask_ratio == 0.5
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # a picture of it
@@ -859,10 +858,9 @@ def test_each_layer_runs_at_its_rate(kind, total, peak, warmup, layer, decay, fi
         assert {group["betas"] for group in groups} == {(0.9, 0.999)}
         assert {group["weight_decay"] for group in groups} == {0.0, decay}
     model, powers = Classifier(TINY, 3), {"encoder.patch": 4, "encoder.blocks.0": 3, "encoder.b": 2}
-    groups = finetune.parameter_groups(model, 0.5, 0.05)
-    found = {
-        x: (group["scale"], group["weight_decay"]) for group in groups for x in group["params"]
-    }
+    groups, found = finetune.parameter_groups(model, 0.5, 0.05), {}
+    for group in groups:
+        found |= dict.fromkeys(group["params"], (group["scale"], group["weight_decay"]))
     for name, parameter in model.named_parameters():
         power = next((p for layer, p in powers.items() if name.startswith(layer)), 1)
         spared = name.endswith("bias") or "norm" in name
@@ -878,6 +876,13 @@ def test_finetuning_starts_from_the_encoder_a_small_head_and_a_classifiers_norm(
     pretrained = isinstance(start, OmniMAE)
     same_bits(model.norm.weight, torch.ones(64) if pretrained else start.norm.weight)
     assert model.head.weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_freeze_trains_norm_and_head_only(finetuned, tiny, tmp_path):
+    run = finetuned("images", "--freeze", start=save_model(tiny, tmp_path / "start.pt"))
+    model = omnimae.load_checkpoint(run / "last.pt")
+    same_bits(model.encoder.state_dict(), tiny.encoder.state_dict())
+    assert model.norm.weight.std() > 0  # it began at one
 
 
 def test_drop_path_is_on_in_each_epoch_of_finetuning_and_off_in_validation(finetuned, monkeypatch):
@@ -935,9 +940,8 @@ def test_the_loop_erases_mixes_and_smooths_labels(kind, finetuned, rand_augment,
             return result
 
         monkeypatch.setattr(transform, "forward", forward)
-    monkeypatch.setattr(
-        F, "cross_entropy", lambda *x, **o: losses.append((x, o)) or real_loss(*x, **o)
-    )
+    spy = lambda *x, **options: losses.append((x, options)) or real_loss(*x, **options)  # noqa: E731
+    monkeypatch.setattr(F, "cross_entropy", spy)
     finetuned(kind, "--epochs", 3, "--micro-batch", 4)
     num = {"images": 36, "videos": 24}[kind]  # one of the two for each micro-batch
     assert len(mixed) == num and len(rand_augment) > 2 * num

@@ -217,7 +217,7 @@ class Run:
         if path.exists():
             file = omnimae.read_checkpoint(str(path))
             old = file.get("recipe", {})
-            other = {key: old.get(key) for key in old | recipe if old.get(key) != recipe.get(key)}
+            other = {key: old.get(key) for key in recipe if old.get(key) != recipe[key]}
             if other:
                 raise ValueError(f"{path} is of a run with {other!s:.200}: give another --out")
             for key, state in states.items():
