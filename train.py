@@ -3,9 +3,9 @@
     torchrun train.py --model demo                                   minutes on a laptop's CPU
     torchrun --nproc_per_node=8 train.py --model vit_b --images /data/in1k --videos /data/ssv2
 
-Every random number is a function of (seed, epoch, file, view), the order one of (seed, epoch). So a
-resumed run ends with the same bits on a CPU, and a step's files, crops and masks do not depend on
-the number of processes, workers or micro-batches. finetune.py and eval.py import from this file.
+Random numbers are a function of (seed, epoch, file, view), the order of files of (seed, epoch). So
+a step's files, crops and masks depend neither on the number of processes, workers or micro-batches
+nor on a restart: a resumed run ends with the same bits on a CPU, with one process or two.
 """
 
 import argparse
