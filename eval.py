@@ -45,7 +45,7 @@ def list_labelled(root: str, kind: str, split: str, classes=None) -> omnimae.Lis
     classes = classes or names
     if set(names) != set(classes) or len(set(labels)) < 2:
         found = f"{len(set(labels))} classes, {names[0]!r} to {names[-1]!r}"
-        raise ValueError(f"{root}: {split} {kind} of {found}; expected 2 or more, as trained on")
+        raise ValueError(f"{root}: {split} {kind} of {found}; expected those trained on, 2 or more")
     index = [classes.index(name) for name in names]
     return omnimae.Listing(paths, [index[label] for label in labels], classes)
 

@@ -68,10 +68,11 @@ class Steps:
         self.micro = args.micro_batch or min(max(1, self.batch // run.world), most)
         self.accumulate = self.batch // run.world // self.micro  # micro-batches of a rank in a step
         for kind, num in num_files.items():
-            views = num_views[kind]
-            if self.batch % (run.world * self.micro) or self.micro % views:
-                unit = f"{run.world} processes x --micro-batch {self.micro}, itself one of {views}"
+            unit, views = f"--micro-batch {self.micro} x {run.world} processes", num_views[kind]
+            if self.batch % (run.world * self.micro):
                 raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit}")
+            if self.micro % views:
+                raise ValueError(f"--micro-batch {self.micro} must be a multiple of {views} views")
             if num * views < self.batch:
                 raise ValueError(f"--batch-size {self.batch} is too large for {num} {kind}")
         self.per_epoch = sum(max(1, num // self.batch) for num in num_files.values())
@@ -152,10 +153,9 @@ class Views(Dataset):
 def make_loader(dataset, run: "Run", **options) -> DataLoader:
     time.sleep(0.1)  # let gloo finish: the fork below can deadlock in a collective (Python 3.11)
     return DataLoader(
-        dataset, num_workers=run.workers, persistent_workers=run.workers > 0,
-        multiprocessing_context="fork" if run.workers > 0 else None,
+        dataset, num_workers=run.workers, pin_memory=run.device.type == "cuda", **options,
+        multiprocessing_context="fork" if run.workers else None, persistent_workers=run.workers > 0,
         worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
-        pin_memory=run.device.type == "cuda", **options,
     )  # fmt: skip
 
 
