@@ -66,7 +66,7 @@ class OmniMAEConfig:
     decoder_dim: int = 384  # D'
     decoder_depth: int = 4
     decoder_heads: int = 16
-    decoder_qkv_bias: bool = False  # as in the released checkpoints; True in their configuration
+    decoder_qkv_bias: bool = False  # as in the released checkpoints; the released code says True
     image_mask_ratio: float = 0.90
     video_mask_ratio: float = 0.95
 

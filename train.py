@@ -5,7 +5,7 @@
 
 Random numbers are a function of (seed, epoch, file, view), the order of files of (seed, epoch). So
 a step's files, crops and masks depend neither on the number of processes, workers or micro-batches
-nor on a restart: a resumed run ends with the same bits on a CPU, with one process or two.
+nor on a restart: on a CPU, a resumed run of one process or two ends with the same bits.
 """
 
 import argparse
@@ -125,7 +125,7 @@ class Views(Dataset):
         unreadable file, and reads a random one instead. ValueError after twenty."""
         kind, epoch, index, _ = sample
         for attempt in range(20):
-            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)  # 0: no view
+            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)  # views: 1+
             if attempt > 0:
                 index = int(torch.randint(len(self.paths[kind]), ()))
             path = os.fsdecode(self.paths[kind][index])
@@ -151,7 +151,7 @@ class Views(Dataset):
 
 
 def make_loader(dataset, run: "Run", **options) -> DataLoader:
-    time.sleep(0.1)  # let gloo finish: the fork below can deadlock in a collective (Python 3.11)
+    time.sleep(0.1)  # let gloo finish: a fork during a collective can deadlock (Python 3.11)
     return DataLoader(
         dataset, num_workers=run.workers, pin_memory=run.device.type == "cuda", **options,
         multiprocessing_context="fork" if run.workers else None, persistent_workers=run.workers > 0,
@@ -180,7 +180,7 @@ class Run:
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
         if self.world > 1:
             store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == local_world:  # one machine: no restart reuses old keys
+            if self.world == local_world:  # one machine: fresh keys after a restart
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -210,7 +210,7 @@ class Run:
                 file.write(json.dumps({"step": self.step} | line) + "\n")
 
     def resume(self, recipe: dict, **states) -> dict:
-        """Continues from last.pt, if there is one of the same recipe, and returns its content.
+        """Continues from last.pt, if it exists (recipes must match), and returns its content.
         `states`: model, optimizer, scaler. From here on, signals let a step finish and save."""
         self.recipe, self.states, path, file = recipe, states, self.out / "last.pt", {}
         self.out.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ class Run:
             if other:
                 raise ValueError(f"{path} is of a run with {other!s:.200}: give another --out")
             for key, state in states.items():
-                state.load_state_dict(file[key])
+                state.load_state_dict(file[key] or state.state_dict())  # {}: the scaler was off
             self.step = self.first_step = file["step"]
             self.say(f"resuming {self.out} after step {self.step}")
         if self.sum_over_ranks(self.step)[0] != self.step * self.world:
@@ -257,8 +257,7 @@ class Run:
 
     def end_step(self, views: int, save_minutes: float) -> None:
         """Counts a step. All ranks then agree whether to stop and whether to save."""
-        self.step += 1
-        self.views += views
+        self.step, self.views = self.step + 1, self.views + views
         due = self.rank == 0 and time.monotonic() - self.saved > 60 * save_minutes
         signals, due = self.sum_over_ranks(self.stopped_by is not None, due)
         self.stop, self.save_due = signals > 0, due > 0
@@ -314,6 +313,7 @@ def run_script(main, parse_args) -> None:
     try:
         stopped_by = main(parse_args())
         if dist.is_initialized():
+            dist.all_reduce(torch.zeros(1))  # wait for rank 0 to save
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:  # a worker's: drop its traceback
         sys.exit(f"{sys.argv[0]}: " + str(error).rsplit("ValueError: ", 1)[-1].strip())
@@ -429,7 +429,7 @@ def main(args: argparse.Namespace) -> int | None:
         model = run.first_rank_first(omnimae.load_checkpoint, args.init).train()
         if not isinstance(model, omnimae.OmniMAE) or model.cfg.dim != cfg.dim:
             raise ValueError(f"{args.init}: expected a pretraining checkpoint of {args.model}")
-        model.cfg = replace(cfg, decoder_qkv_bias=model.cfg.decoder_qkv_bias)
+        model.cfg = replace(cfg, decoder_qkv_bias=model.cfg.decoder_qkv_bias)  # this run's ratios
     else:
         model = omnimae.OmniMAE(cfg)
     parallel = prepare(model, args, run)
@@ -501,7 +501,7 @@ MOTIONS = {  # what changes from the first frame to the last: x, y, size and ang
 
 
 def draw_shape(rng, shape: str, num_frames=1, motion=(0, 0, 0, 0), angle=0.0) -> np.ndarray:
-    """One large shape, uint8 (T, 72, 96, 3). The wall is brightest at the top, the shape below."""
+    """One large shape, uint8 (T, 72, 96, 3). The background is brighter above, the shape below."""
     y, x = np.mgrid[:72, :96] - np.array([36, 48])[:, None, None]
     t = np.linspace(-0.5, 0.5, num_frames)[:, None, None] * (num_frames > 1)  # (T, 1, 1)
     x0, y0 = rng.uniform(-14, 14) + 32 * motion[0] * t, rng.uniform(-8, 8) + 26 * motion[1] * t
