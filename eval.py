@@ -32,20 +32,20 @@ CLIPS, CROPS = 5, 3  # views of a video
 
 
 def list_labelled(root: str, kind: str, split: str, classes=None) -> omnimae.Listing:
-    """Lists the "train" or "val" split, with labels that are indices of `classes`. Without a val
-    split, every 10th file of a class is held out. ValueError for other classes."""
+    """Lists the "train" or "val" split. Labels index `classes`, by default the split's. Without
+    a val split, every 10th file of a class is held out. ValueError for other classes."""
     has_val = omnimae.has_validation(root, kind)
     paths, labels, names = omnimae.list_media(root, kind, split if has_val else "train")
     if labels is None:
         raise ValueError(f"{root}: {kind} without labels; expected <class>/<file>")
     if not has_val:
-        place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # in its class
-        chosen = np.flatnonzero((place % 10 == 0) == (split == "val")).tolist()
+        nth = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within a class
+        chosen = np.flatnonzero((nth % 10 == 0) == (split == "val")).tolist()
         paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
     classes = classes or names
     if set(names) != set(classes) or len(set(labels)) < 2:
         found = f"{len(set(labels))} classes, {names[0]!r} to {names[-1]!r}"
-        raise ValueError(f"{root}: {split} {kind} of {found}; expected those trained on, 2 or more")
+        raise ValueError(f"{root}: {split} has {found}; expected the training classes, 2 or more")
     index = [classes.index(name) for name in names]
     return omnimae.Listing(paths, [index[label] for label in labels], classes)
 
@@ -55,8 +55,8 @@ def is_video(path: str) -> bool:
 
 
 def read_pixels(path: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> Tensor:
-    """An image, uint8 (1, 3, S, S), resized by PIL: bicubic with antialiasing. Or a video's clips,
-    uint8 (clips, T, 3, H, W), in their own size."""
+    """Reads an image, uint8 (1, 3, S, S), resized by PIL (bicubic, antialiased), or the clips of a
+    video, uint8 (clips, T, 3, H, W), not resized."""
     if is_video(path):
         starts = [Fraction(i, num_clips) for i in range(num_clips)]
         return omnimae.read_clips(path, starts, cfg.num_frames)
@@ -66,8 +66,8 @@ def read_pixels(path: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> Tensor
 
 
 def to_views(pixels: Tensor, size: int, num_crops: int) -> Tensor:
-    """What `read_pixels` gives -> normalised views, (B, 3, S, S) or (clips x crops, 3, T, S, S).
-    A clip's short side is resized, bilinear without antialiasing. The crops are the start, the
+    """Cuts normalised views from what `read_pixels` gave: (B, 3, S, S) or (clips x crops, 3, T, S,
+    S). A clip's short side is resized, bilinear without antialiasing. The crops are the start, the
     centre and the end of the long side, or the centre only."""
     if pixels.ndim == 4:
         return omnimae.normalize(pixels)
@@ -84,12 +84,12 @@ def to_views(pixels: Tensor, size: int, num_crops: int) -> Tensor:
 
 
 def file_loader(listing: omnimae.Listing, kind: str, cfg, num_clips: int, run: train.Run):
-    """Loads pixels and labels of this rank's share of the files. A file that cannot be read is
-    named and left out. Clips in their own size can be large: one video a batch."""
+    """Loads pixels and labels of this rank's files. Unreadable files are named and skipped. One
+    video per batch: its clips are not resized yet and can be large."""
 
-    def read_batch(files):
+    def read_batch(batch):
         pixels, labels = [], []
-        for path, label in files:
+        for path, label in batch:
             try:
                 pixels.append(read_pixels(path, cfg, num_clips))
                 labels.append(label)
@@ -117,16 +117,16 @@ def predict(model: omnimae.Classifier, pixels: Tensor, num_crops: int, autocast)
 
 
 def accuracy(model, loader, num_crops: int, run: train.Run, autocast) -> list[float]:
-    """Top-1 and top-5 in % of all ranks' files, and how many were unreadable, counted as wrong."""
+    """Top-1 and top-5 in %, over all ranks' files, and how many files were unreadable (wrong)."""
     model.eval()
-    counts = torch.zeros(3)  # right, right among the best five, readable
+    counts = torch.zeros(3)  # top-1 hits, top-5 hits, readable
     for pixels, labels in loader:
         if pixels:
             logits = predict(model, torch.cat(pixels).to(run.device), num_crops, autocast).cpu()
-            right = logits.topk(min(5, logits.shape[1])).indices == torch.tensor(labels)[:, None]
-            counts += torch.tensor([right[:, 0].sum(), right.any(1).sum(), len(labels)])
-    top1, top5, readable, num = run.sum_over_ranks(*counts.tolist(), len(loader.dataset))
-    return [100 * top1 / num, 100 * top5 / num, int(num - readable)]
+            hits = logits.topk(min(5, logits.shape[1])).indices == torch.tensor(labels)[:, None]
+            counts += torch.tensor([hits[:, 0].sum(), hits.any(1).sum(), len(labels)])
+    hits1, hits5, readable, num = run.sum_over_ranks(*counts.tolist(), len(loader.dataset))
+    return [100 * hits1 / num, 100 * hits5 / num, int(num - readable)]
 
 
 def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run, autocast) -> None:
@@ -143,13 +143,13 @@ def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run
 
 
 def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
-    """From a labels.json, from the checkpoint, from torchvision for IN1k; else numbers."""
+    """Names from --labels or the checkpoint; for IN1k torchvision's; otherwise numbers."""
     names = omnimae.read_classes(path) if path else model.classes
     num = model.head.out_features
     if num == 1000 and (not names or names[0] == "n01440764"):
-        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # in the order of the wnids
+        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # sorted by wnid
     if names and len(names) != num:
-        raise ValueError(f"{path or 'the checkpoint'} names {len(names)} classes; it has {num}")
+        raise ValueError(f"{path or 'the checkpoint'} names {len(names)} classes, not {num}")
     return names or [f"class {i}" for i in range(num)]
 
 
@@ -169,9 +169,8 @@ def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run
     for path in args.files:
         pixels = read_pixels(path, model.cfg, num_clips=1).to(run.device)
         x = to_views(pixels, model.cfg.image_size, num_crops=1)
-        num, ratio = model.cfg.masking("videos" if is_video(path) else "images")
-        seeded = torch.Generator().manual_seed(0)
-        mask = omnimae.random_mask(1, num, args.mask_ratio or ratio, seeded)
+        N, ratio = model.cfg.masking("videos" if is_video(path) else "images")
+        mask = omnimae.random_mask(1, N, args.mask_ratio or ratio, torch.Generator().manual_seed(0))
         with autocast:
             picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(run.device))
         run.out.mkdir(parents=True, exist_ok=True)
@@ -187,12 +186,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", help="folder of images, or 'demo'")
     add("--videos", help="folder of videos, or 'demo'")
     add("files", nargs="*", help="images and videos in any mix")
-    add("--labels", help="class names, only with files, as in SSv2's labels.json")
-    add("--mask-ratio", type=float, help="of reconstructions (default: the checkpoint's)")
+    add("--labels", help="names to print for files: a JSON like SSv2's labels.json")
+    add("--mask-ratio", type=float, help="in reconstructions (default: the checkpoint's)")
     add("--out", default="reconstructions", help="folder for pictures (default: reconstructions)")
     args = train.parse_shared(parser, argv, training=False)
-    if bool(args.images) + bool(args.videos) + bool(args.files) != 1:
-        parser.error("expected one of --images DIR, --videos DIR, or files")
+    given = [bool(x) for x in (args.images, args.videos, args.files)]
+    if sum(given) != 1 or (args.labels and not args.files):
+        parser.error("expected one of --images DIR, --videos DIR, files; --labels only with files")
     return args
 
 

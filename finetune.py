@@ -3,9 +3,9 @@
     torchrun finetune.py --checkpoint runs/demo/last.pt --videos demo             minutes on a CPU
     torchrun --nproc_per_node=8 finetune.py --checkpoint vit_b_pretrain --images /data/in1k
 
-The run's folder holds best.pt, of the epoch with the best validation accuracy, beside last.pt.
-Random numbers are a function of (seed, epoch, file) for what the loader does, of (seed, step, rank,
-micro-batch) for drop path, MixUp, CutMix and noise.
+The run's folder holds last.pt and best.pt, from the epoch with the best validation accuracy.
+Random numbers depend on (seed, epoch, file) in the loader, and on (seed, step, rank, micro-batch)
+in drop path, MixUp, CutMix and erasing's noise.
 """
 
 import argparse
@@ -28,17 +28,17 @@ RECIPES = {
         "epochs": 100, "batch_size": 1024, "lr": 4e-3, "warmup": 0.05, "weight_decay": 1e-4,
         "layer_decay": 0.65, "drop_path": 0.1, "augment": "full",
     },
-    "videos": {  # SSv2; the released file says 100 epochs, but counts 12.5% as 5 in a comment
+    "videos": {  # SSv2; released: 100 epochs, but a comment counts its 12.5% as 5 epochs
         "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.125, "weight_decay": 0.05,
         "layer_decay": 0.75, "drop_path": 0.1, "augment": "full",
     },
-    "demo": {  # small models and small data: full rates in all layers, little regularisation
+    "demo": {  # small models and small data: no layer decay, little regularisation
         "epochs": 4, "batch_size": 64, "lr": 1e-3, "warmup": 0.1, "weight_decay": 0.05,
         "layer_decay": 1.0, "drop_path": 0.0, "augment": "crop",
     },
 }  # fmt: skip
 # No recipe was released for ViT-L and ViT-H, whose released definitions have drop path 0.1. These
-# are MAE's values for ImageNet, as are 50 epochs for images.
+# values, and the 50 epochs in `fill_in`, are MAE's for ImageNet.
 LARGER = {
     "vit_l": {"layer_decay": 0.75, "drop_path": 0.2},
     "vit_h": {"layer_decay": 0.75, "drop_path": 0.3},
@@ -50,8 +50,8 @@ LARGER = {
 
 def rand_augment(media: Tensor, num: int, magnitude: float) -> Tensor:
     """Applies each of `num` random operations with probability 0.5, the same to all frames of uint8
-    (3, H, W) or (T, 3, H, W). The magnitude, out of 10, has standard deviation 0.5; torchvision
-    counts it in bins from 0, so that of 101 bins number 90 is 9."""
+    (3, H, W) or (T, 3, H, W). Magnitudes, 0 to 10, have standard deviation 0.5. torchvision takes
+    the index of a bin: of bins 0 to 100, bin 90 is magnitude 9."""
     for _ in range(num):
         drawn = torch.normal(magnitude, 0.5, ()).clamp(0, 10).item()
         operation = v2.RandAugment(1, round(10 * drawn), 101, interpolation=BILINEAR, fill=128)
@@ -73,7 +73,7 @@ class Labelled(train.Views):
 
     def __getitem__(self, sample: train.Sample) -> tuple[Tensor, int, Tensor]:
         """uint8 (3, H, W) or (3, T, H, W), the label, and the box (top, left, height, width)."""
-        media, index = self.read(sample)  # this seeds what follows
+        media, index = self.read(sample)  # `read` seeds what follows
         pixels, box = self.crop(media), torch.zeros(4, dtype=torch.int64)
         if self.augment == "full":
             num, magnitude = (2, 9.0) if sample.kind == "images" else (4, 7.0)
@@ -87,7 +87,7 @@ class Labelled(train.Views):
 
 def erase(x: Tensor, boxes: Tensor) -> Tensor:
     """Erases boxes (B, 4) in ImageNet-normalised x, (B, 3, H, W) or (B, 3, T, H, W): black in
-    images; noise of mean 0 and variance 1, which bytes cannot hold, through all frames of clips."""
+    images, standard normal noise in all frames of clips (uint8 views could not hold it)."""
     top, left, height, width = (side.view(-1, *[1] * (x.ndim - 1)) for side in boxes.T)
     row = torch.arange(x.shape[-2], device=x.device)[:, None]  # (H, 1)
     column = torch.arange(x.shape[-1], device=x.device)  # (W,)
@@ -105,16 +105,16 @@ def build(args: argparse.Namespace, kind: str, start, classes: list[str]) -> omn
     init_head(model.head.weight, std=2e-5 if kind == "images" else 0.01)
     if start:
         model.encoder.load_state_dict(start.encoder.state_dict())
-    if isinstance(start, omnimae.Classifier):  # in pretraining, norm does not come after pooling
+    if isinstance(start, omnimae.Classifier):  # an OmniMAE's norm comes before pooling
         model.norm.load_state_dict(start.norm.state_dict())
     model.encoder.requires_grad_(not args.freeze)
     return model
 
 
 def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay: float) -> list:
-    """Groups for AdamW, each with its learning rate's "scale", layer_decay ** (depth + 2 - layer).
-    As released: the patch embedding is layer 0, block i is i + 1, norm and head are depth + 1, so
-    the head itself runs at `layer_decay` times the rate. No decay on biases and LayerNorm."""
+    """AdamW's groups. "scale" multiplies the learning rate: layer_decay ** (depth + 2 - layer). As
+    released, the patch embedding is layer 0, block i is i + 1, norm and head are depth + 1, so the
+    head itself has scale `layer_decay`. No weight decay on biases and LayerNorm."""
     depth, groups = len(model.encoder.blocks), {}
     for name, parameter in model.named_parameters():
         layer = depth + 1
@@ -139,18 +139,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=list(omnimae.MODELS), help="size, only for --checkpoint scratch")
     add("--images", help="labelled images, or 'demo': the recipe for ImageNet-1k")
     add("--videos", help="labelled videos, or 'demo': the recipe for Something-Something v2")
-    add("--out", help="folder of the run (default: runs/, with the checkpoint's folder or name)")
-    add("--epochs", type=int, help="defaults from here on: see the README")
+    add("--out", help="folder of the run (default: runs/CHECKPOINT_images or _videos)")
+    add("--epochs", type=int, help="defaults of these: see the README")
     add("--batch-size", type=int, help="over all processes")
     add("--lr", type=float, help="peak (default: in proportion to the batch size)")
     add("--weight-decay", type=float, help="not on biases and LayerNorm")
     add("--layer-decay", type=float, help="learning rate of a layer relative to the next one up")
     add("--drop-path", type=float, help="probability in the last block")
-    add("--augment", choices=["full", "crop"], help="all of the recipe's, or crop and flip only")
+    add("--augment", choices=["full", "crop"], help="the full recipe, or only crop and flip")
     add("--freeze", action="store_true", help="train norm and head only")
     args = train.parse_shared(parser, argv)
     if bool(args.images) == bool(args.videos):
-        parser.error("expected one of --images DIR and --videos DIR")
+        parser.error("expected either --images DIR or --videos DIR")
     if (args.checkpoint == "scratch") != bool(args.model):
         parser.error("expected --model with --checkpoint scratch, and only then")
     name = Path(args.checkpoint).parent.name or args.checkpoint
@@ -159,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace, kind: str) -> None:
-    """Fills in what was not given, and `warmup`, from the recipe of this kind and size."""
+    """Sets options not given, and `warmup`, from the recipe for this kind and size."""
     recipe = RECIPES[kind] | LARGER.get(args.model, {})
     if kind == "images" and args.model in LARGER:
         recipe["epochs"] = 50
@@ -201,8 +201,8 @@ def main(args: argparse.Namespace) -> int | None:
     run.say(f"{steps.total:,} steps of {args.batch_size}; log, last.pt and best.pt: {run.out}/")
     dataset = Labelled(model.cfg, kind, listing, args.seed, args.augment)
     batches = iter(train.make_loader(dataset, run, batch_sampler=steps.micro_batches(run.step)))
-    val_loader = file_loader(validation, kind, model.cfg, 1, run)  # one view of each, for speed
-    iter(val_loader)  # starts its workers now, for all epochs
+    val_loader = file_loader(validation, kind, model.cfg, 1, run)  # one clip and crop, for speed
+    iter(val_loader)  # fork now, not during a collective
 
     while run.step < steps.total and not run.stop:
         epoch = run.step // steps.per_epoch
@@ -219,7 +219,7 @@ def main(args: argparse.Namespace) -> int | None:
                 x = erase(x, boxes)
                 x = tv_tensors.Video(x) if x.ndim == 5 else x  # else MixUp refuses clips
                 x, labels = mix(x, labels)  # labels (B, classes)
-            parallel.require_backward_grad_sync = i == steps.accumulate - 1
+            parallel.require_backward_grad_sync = i == steps.accumulate - 1  # ranks average once
             with autocast:
                 logits = parallel(x.as_subclass(Tensor))  # (B, classes)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
@@ -232,7 +232,7 @@ def main(args: argparse.Namespace) -> int | None:
         epoch_ends = run.step % steps.per_epoch == 0
         if run.step == 1 or run.step % args.log_every == 0 or epoch_ends:
             run.report(f"epoch {epoch}", mean_loss, lr, steps.total)
-        if epoch_ends:  # eval.py has the whole protocol
+        if epoch_ends:  # eval.py averages all the views
             top1, top5, unreadable = accuracy(model, val_loader, 1, run, autocast)
             text = f"step {run.step:6d}  validation: top-1 {top1:.2f}%, top-5 {top5:.2f}%"
             run.say(text, epoch=epoch, top1=top1, top5=top5, unreadable=unreadable)
@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> int | None:
                 best = top1
                 if run.rank == 0:
                     run.save("best.pt", classes=classes, best=best)
-            run.begin_interval()
+            run.begin_interval()  # validation does not count in views/s
         if run.rank == 0 and (run.stop or run.save_due or epoch_ends):
             run.save(classes=classes, best=best)
     if run.step < steps.total:

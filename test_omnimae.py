@@ -119,7 +119,7 @@ def test_masks_are_drawn_uniformly_over_time_and_space(tiny):
     frequency = mask.float().mean(0)  # (N,): 57 of 64 patches are masked
     assert (frequency - 57 / 64).abs().max() < 5 * (57 / 64 * 7 / 64 / 4000) ** 0.5
     together = torch.corrcoef(mask.T.float()) - torch.eye(64)
-    assert together.abs().max() < 0.1  # of two patches; in tubes it would be 1
+    assert together.abs().max() < 0.1  # tube masks would correlate at 1
     assert tiny(images())[2].sum(1).tolist() == [12, 12]  # by default at the model's ratio
     for name, image, video in (("vit_b", 176, 1489), ("vit_h", 230, 1945)):  # as in the paper
         cfg = omnimae.MODELS[name]
@@ -145,7 +145,7 @@ def test_the_loss_is_the_squared_error_of_masked_patches_normalised(tiny):
     for (b, n), got in zip(mask.nonzero().tolist(), pred.flatten(0, 1)):
         t, h, w = n // 16 * 2, n // 4 % 4 * 8, n % 4 * 8
         patch = pixels[b, t : t + 2, h : h + 8, w : w + 8].reshape(128, 3)
-        patch = patch - patch.mean(0)  # of each channel
+        patch = patch - patch.mean(0)  # per channel
         patch = patch / (patch.square().sum(0) / 127 + 1e-6).sqrt()
         errors.append((got - patch.flatten()).square().mean().item())
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
@@ -225,7 +225,7 @@ def test_a_picture_shows_the_original_what_is_seen_and_the_reconstruction(tiny, 
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 30, 32), (2, 3, 4, 48, 48)])
-def test_inputs_of_another_shape_and_bytes_are_errors(tiny, shape):
+def test_inputs_of_wrong_shape_or_dtype_are_errors(tiny, shape):
     for x in (torch.zeros(shape), images().byte()):
         with pytest.raises(ValueError, match="normalize"):
             tiny(x)
@@ -243,7 +243,7 @@ def test_a_mask_that_does_not_fit_is_an_error(tiny):
             random_mask(2, 16, ratio)
 
 
-# The released implementation was run on a tiny model, whose weights are drawn here again.
+# Expected numbers come from the released code, run on a tiny model with these weights.
 
 
 def released_layout(model) -> dict[str, torch.Tensor]:
@@ -317,25 +317,25 @@ def test_a_classifier_gives_the_released_logits(shape, first, second):
 # ------------------------------------------------------------------------------------------------
 # Checkpoints: the nine released ones and one's own
 
-PARAMETERS = {  # that train: in pretraining, with 1000 and with 174 classes
+PARAMETERS = {  # trainable: in pretraining, with 1000 classes, with 174 classes
     "b": (94_217_856, 87_005_416, 86_370_222),
     "l": (317_803_520, 304_910_312, 304_063_662),
     "h": (657_655_448, 632_468_200, 631_410_094),
 }
-KINDS = {"pretrain": ("pretrain", None), "in1k": ("in1k_ft", 1000), "ssv2": ("ssv2_ft", 174)}
+RELEASES = {"pretrain": ("pretrain", None), "in1k": ("in1k_ft", 1000), "ssv2": ("ssv2_ft", 174)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("size", PARAMETERS)
-def test_a_file_in_a_released_layout_loads_and_has_the_papers_size(size, kind, tmp_path):
-    cfg, classes = omnimae.MODELS[f"vit_{size}"], KINDS[kind][1]
+def test_a_file_in_a_released_layout_loads_and_has_the_papers_size(size, release, tmp_path):
+    cfg, classes = omnimae.MODELS[f"vit_{size}"], RELEASES[release][1]
     with torch.device("meta"):
         shapes = released_layout(Classifier(cfg, classes) if classes else OmniMAE(cfg))
-    number = torch.full((), 0.5)  # repeated, so that nothing large is written
-    torch.save({key: number.expand(x.shape) for key, x in shapes.items()}, tmp_path / "a.torch")
+    value = torch.full((), 0.5)  # repeated, so that nothing large is written
+    torch.save({key: value.expand(x.shape) for key, x in shapes.items()}, tmp_path / "a.torch")
     model = omnimae.load_checkpoint(tmp_path / "a.torch")
     assert type(model) is (Classifier if classes else OmniMAE) and not model.training
-    parameters = PARAMETERS[size][[*KINDS].index(kind)]
+    parameters = PARAMETERS[size][[*RELEASES].index(release)]
     assert sum(x.numel() for x in model.parameters() if x.requires_grad) == parameters
     assert (cfg.heads, cfg.decoder_heads) == (12 if size == "b" else 16, 16)
 
@@ -348,22 +348,22 @@ def test_a_name_is_downloaded_once_from_the_released_address(tmp_path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in [*omnimae.CHECKPOINTS, *omnimae.CHECKPOINTS, *own]:
         assert omnimae.load_checkpoint(name).head.out_features == 8
-    files = [f"vit{size}_{file}.torch" for size in PARAMETERS for file, _ in KINDS.values()]
+    files = [f"vit{size}_{file}.torch" for size in PARAMETERS for file, _ in RELEASES.values()]
     base = "https://dl.fbaipublicfiles.com/omnivore/omnimae_ckpts/"
     assert urls == [base + file for file in files] + own
 
 
-@pytest.mark.parametrize("how", ["missing", "damaged", "code", "a key is missing", "another size"])
-def test_a_bad_checkpoint_is_an_error_that_names_it(how, tmp_path):
+@pytest.mark.parametrize("fault", ["missing", "damaged", "code", "missing key", "another size"])
+def test_a_bad_checkpoint_is_an_error_that_names_it(fault, tmp_path):
     state, path = released_state(Classifier(omnimae.MODELS["demo"], 8)), tmp_path / "bad.pt"
     small = released_state(Classifier(replace(TINY, dim=32), 8))
-    if how == "a key is missing":
+    if fault == "missing key":
         del state["trunk.blocks.1.norm1.bias"]
-    torch.save({"code": {"model": state, "x": len}, "another size": small}.get(how, state), path)
-    if how == "damaged":
+    torch.save({"code": {"model": state, "x": len}, "another size": small}.get(fault, state), path)
+    if fault == "damaged":
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match="bad.pt"):
-        omnimae.load_checkpoint(tmp_path / "nowhere" / "bad.pt" if how == "missing" else path)
+        omnimae.load_checkpoint(tmp_path / "nowhere" / "bad.pt" if fault == "missing" else path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_clips_of_2_7_seconds_have_exactly_the_right_frames(fps, suffix, tmp_pat
     num = int(4.5 * fps)
     path = write_film(tmp_path / f"a.{suffix}", num, fps, *FILMS[suffix])
     seconds = Fraction(num) / fps
-    if suffix == "webm":  # does not say how long it is: up to the last frame's time, in ms
+    if suffix == "webm":  # stores no duration: up to the last frame's time, in ms
         seconds = Fraction(round((num - 1) / fps * 1000), 1000)
     starts = [Fraction(i, 5) for i in (2, 0, 4, 1, 3, 5)]
     for start, clip in zip(starts, omnimae.read_clips(path, starts, 16), strict=True):
@@ -481,7 +481,7 @@ def test_the_frames_are_right_wherever_a_seek_lands(name, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FILMS)
-def test_a_short_video_has_one_window_and_repeats_frames(suffix, tmp_path):
+def test_a_short_video_has_one_clip_and_repeats_frames(suffix, tmp_path):
     path = write_film(tmp_path / f"film.{suffix}", 3, 12, *FILMS[suffix])
     for clip in omnimae.read_clips(path, [0, Fraction(4, 5), 1], 8):
         assert clip.dtype == torch.uint8 and numbers_in(clip) == [0, 0, 0, 0, 1, 1, 1, 2]
@@ -535,7 +535,7 @@ def pretrain(run_script):
 
 @pytest.fixture
 def adamw(monkeypatch) -> list:
-    """What AdamW's groups hold at each step."""
+    """Records AdamW's groups at each step."""
     steps, step = [], torch.optim.AdamW.step
 
     def recorded(self):
@@ -577,7 +577,7 @@ def test_a_step_has_one_kind_and_an_epoch_as_many_views_as_files():
         assert sorted(x.index for x in samples if x.kind == "images") == list(range(48))
         assert len({x.index for x in samples if x.kind == "videos"}) == 8
     kinds = {"".join(batch[0].kind[0] for batch in epoch) for epoch in epochs}
-    assert 6 <= len(kinds) <= 10  # of the 10 orders of 3 and 2
+    assert 6 <= len(kinds) <= 10  # 3 and 2 steps have 10 orders
     for kind in train.KINDS:
         assert len({str([b for b in epoch if b[0].kind == kind][0]) for epoch in epochs}) == 40
     assert len({x.index for b in batches for x in b if x.kind == "videos"}) == 32
@@ -601,13 +601,13 @@ def test_processes_and_micro_batches_share_a_steps_samples(world):
      ("--images demo", (12, 64, 0.05e-3)), ("--model demo", (12, 64, 6e-4)),
      ("--model demo --images x --batch-size 128 --epochs 3", (3, 128, 12e-4))],
 )  # fmt: skip
-def test_the_default_rate_is_in_proportion_to_the_batch(options, values):
+def test_the_default_learning_rate_is_proportional_to_the_batch_size(options, values):
     args = train.parse_args(options.split())
     assert (args.epochs, args.batch_size, args.lr) == pytest.approx(values)
     assert args.video_views == 4
 
 
-def test_each_step_runs_at_the_rate_of_the_schedule_and_logs_it(pretrain, adamw):
+def test_each_step_uses_and_logs_the_scheduled_learning_rate(pretrain, adamw):
     run = pretrain("--lr", 1e-3, "--epochs", 2)
     angles = [math.pi * (step / 10 - 0.05) / 0.95 for step in range(1, 10)]
     rates = [1e-6] + [0.5e-3 * (1 + math.cos(angle)) for angle in angles]
@@ -627,7 +627,7 @@ def test_each_step_runs_at_the_rate_of_the_schedule_and_logs_it(pretrain, adamw)
 
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory) -> dict[str, str]:
-    """An image and a film whose pixels say where they are: red 4 x, green 4 y, blue is noise."""
+    """An image and a film whose pixels encode their position: red 4 x, green 4 y, blue is noise."""
     folder, (y, x) = tmp_path_factory.mktemp("maps"), np.mgrid[:60, :60]
     noise = np.random.default_rng(0).integers(0, 256, (60, 60))
     pixels = np.stack([4 * x, 4 * y, noise], 2).astype(np.uint8)
@@ -638,9 +638,9 @@ def maps(tmp_path_factory) -> dict[str, str]:
 
 def crop_of(view: torch.Tensor) -> tuple[list[int], bool]:
     """Where a map's view (3, 32, 32) was cut: top, left, height, width; and if it is flipped."""
-    at = np.arange(6, 26) + 0.5  # away from the edges
-    y_step, top = np.polyfit(at, view[1, 6:26, 16].float() / 4 + 0.5, 1)
-    x_step, left = np.polyfit(at, view[0, 16, 6:26].float() / 4 + 0.5, 1)
+    pixel = np.arange(6, 26) + 0.5  # away from the edges
+    y_step, top = np.polyfit(pixel, view[1, 6:26, 16].float() / 4 + 0.5, 1)
+    x_step, left = np.polyfit(pixel, view[0, 16, 6:26].float() / 4 + 0.5, 1)
     box = top, left + 32 * min(0, x_step), 32 * y_step, 32 * abs(x_step)
     return [round(x) for x in box], x_step < 0
 
@@ -684,7 +684,7 @@ def test_a_view_is_the_recipes_crop_flipped_only_in_images(stage, kind, maps, ra
         assert torch.equal(view, (plain.flip(2) if flip else plain)[:, None].expand_as(view))
 
 
-def test_a_view_depends_on_seed_epoch_file_and_number_only(maps):
+def test_a_view_depends_only_on_seed_epoch_file_and_view(maps):
     def view(seed=0, views=1, **sample):
         files = train.Views(TINY, {"images": [maps["images"]] * 3}, seed)
         return files[train.Sample("images", **{"epoch": 0, "index": 0} | sample, views=views)]
@@ -703,7 +703,7 @@ def test_a_step_of_videos_decodes_each_once_for_four_views(pretrain, monkeypatch
     assert len(opened) == 2 * 4 + 2 * 8  # 2 steps of 16 views; 8 held-out videos, twice
 
 
-def test_training_windows_start_anywhere_from_the_first_to_the_last_possible(tmp_path):
+def test_training_clips_start_anywhere_from_the_first_to_the_last_possible_second(tmp_path):
     film = write_film(tmp_path / "film.mp4", 60)  # 5 seconds
     views = train.Views(TINY, {"videos": [str(film)]}, 0)
     samples = [train.Sample("videos", epoch, 0, 1) for epoch in range(100)]
@@ -712,7 +712,7 @@ def test_training_windows_start_anywhere_from_the_first_to_the_last_possible(tmp
     assert len(set(begins)) > 20
 
 
-def test_an_unreadable_file_is_named_and_replaced_by_a_random_one_of_its_own_label(data, capsys):
+def test_an_unreadable_file_is_named_and_replaced_by_another_with_the_others_label(data, capsys):
     paths = [f"broken{i}.jpg" for i in range(25)]
     paths += omnimae.list_media(data / "images", "images").paths
     files = finetune.Labelled(TINY, "images", omnimae.Listing(paths, range(73), []), 0, "crop")
@@ -738,7 +738,7 @@ def attention(monkeypatch) -> list:
     [(train, 64, "AVX512", torch.float32), (train, 256, "AVX512", torch.bfloat16),
      (finetune, 256, "AVX512", torch.bfloat16), (finetune, 256, "AVX2", torch.float32)],
 )  # fmt: skip
-def test_bfloat16_where_it_is_fast(script, dim, cpu, expected, run_script, monkeypatch, attention):
+def test_bfloat16_if_fast(script, dim, cpu, expected, run_script, monkeypatch, attention):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     monkeypatch.setitem(omnimae.MODELS, "wide", replace(TINY, dim=dim, depth=1))
     options = ["--model", "wide", "--epochs", 1, "--batch-size", 48]
@@ -778,8 +778,8 @@ def test_init_starts_from_a_checkpoint_with_the_runs_own_mask_ratios(pretrain, t
     assert omnimae.load_checkpoint(run / "last.pt").cfg.image_mask_ratio == 0.5
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # a picture of it
-def test_what_is_not_finite_ends_the_run_and_is_never_saved(pretrain, tmp_path):
+@pytest.mark.filterwarnings("ignore:invalid value")  # drawing NaN
+def test_a_nonfinite_loss_or_weight_ends_the_run_and_is_never_saved(pretrain, tmp_path):
     with pytest.raises(FloatingPointError, match="loss"):
         pretrain("--lr", 1e39)
     assert not (tmp_path / "run" / "last.pt").exists()
@@ -834,7 +834,7 @@ def recipe_of(kind: str, model="vit_b", options="") -> dict:
         ("images", "demo", (4, 64, 1e-3, 0.1, 0.05, 1.0, 0.0, "crop")),
     ],
 )
-def test_the_numbers_of_the_recipes(kind, model, numbers):
+def test_recipes_have_the_released_values(kind, model, numbers):
     assert tuple(recipe_of(kind, model)[name] for name in finetune.RECIPES[kind]) == numbers
     assert recipe_of(kind, model, "--batch-size 512")["lr"] == numbers[2] * 512 / numbers[1]
     assert recipe_of(kind, model, "--freeze")["drop_path"] == 0
@@ -845,7 +845,7 @@ def test_the_numbers_of_the_recipes(kind, model, numbers):
     [("images", 24, 4e-3 * 4 / 1024, 0.05, 0.65, 1e-4),
      ("videos", 16, 1e-3 * 4 / 256, 0.125, 0.75, 0.05)],
 )  # fmt: skip
-def test_each_layer_runs_at_its_rate(kind, total, peak, warmup, layer, decay, finetuned, adamw):
+def test_each_layer_has_its_decayed_rate(kind, total, peak, warmup, layer, decay, finetuned, adamw):
     run = finetuned(kind, "--batch-size", 4, "--epochs", 2)
     assert len(adamw) == total
     for step, groups in enumerate(adamw):
@@ -895,7 +895,7 @@ def test_drop_path_is_on_in_each_epoch_of_finetuning_and_off_in_validation(finet
 
 
 @pytest.mark.parametrize(("kind", "num", "magnitude"), [("images", 2, 9), ("videos", 4, 7)])
-def test_half_of_the_operations_and_a_quarter_erased(kind, num, magnitude, maps, rand_augment):
+def test_half_the_operations_run_and_a_quarter_is_erased(kind, num, magnitude, maps, rand_augment):
     boxes = torch.stack([box for _, _, box in labelled(maps, kind, 300)])
     assert sum(count for count, _ in rand_augment) == pytest.approx(150 * num, rel=0.12)
     magnitudes = [value for _, value in rand_augment]
@@ -917,7 +917,7 @@ def test_rand_augment_is_one_draw_for_all_frames_and_uncovers_grey(maps):
 
 
 @pytest.mark.parametrize("frames", [(), (4,)])
-def test_erasing_blackens_a_box_of_images_and_fills_that_of_clips_with_noise(frames):
+def test_erasing_fills_boxes_with_black_in_images_and_noise_in_clips(frames):
     torch.manual_seed(0)
     x = torch.full((2, 3, *frames, 32, 32), 9.0)
     erased = finetune.erase(x, torch.tensor([[4, 8, 20, 16], [0, 0, 0, 0]]))
@@ -971,7 +971,7 @@ def test_without_validation_every_tenth_file_of_a_class_is_held_out(tmp_path):
     assert held_out.labels == [0, 0, 0, 1, 1] and rest.labels == [0] * 18 + [1] * 11
     assert not set(rest.paths) & set(held_out.paths)
     turned = evaluation.list_labelled(tmp_path, "images", "val", ["b", "a"])
-    assert turned.labels == [1, 1, 1, 0, 0]  # of the classes trained on
+    assert turned.labels == [1, 1, 1, 0, 0]  # they index the given classes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -979,7 +979,7 @@ def test_without_validation_every_tenth_file_of_a_class_is_held_out(tmp_path):
 
 
 def plain_views(path: Path) -> torch.Tensor:
-    """The protocols, plainly: (1, 3, S, S) of an image, (15, 3, T, S, S) of a video."""
+    """The protocols in plain code: (1, 3, S, S) of an image, (15, 3, T, S, S) of a video."""
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     if path.suffix == ".png":
         image = PIL.Image.open(path)
@@ -1022,7 +1022,7 @@ def write_noise(folder: Path, kind: str, i: int) -> Path:
 
 @pytest.fixture(scope="module", params=train.KINDS)
 def noise(request, tmp_path_factory) -> tuple:
-    """A labelled data set, a model that is right in half of it, and each file's plain logits."""
+    """A labelled data set, a model that is right on half of it, and each file's plain logits."""
     kind, folder = request.param, tmp_path_factory.mktemp("noise")
     torch.manual_seed(1)
     model = Classifier(TINY, 8).eval().requires_grad_(False)
@@ -1042,7 +1042,7 @@ def noise(request, tmp_path_factory) -> tuple:
     return kind, folder / "data", save_model(model, folder / "model.pt", classes=classes), plain
 
 
-def test_a_files_views_are_the_protocols(noise):
+def test_views_match_plain_code(noise):
     for path in noise[3]:
         views = evaluation.to_views(evaluation.read_pixels(str(path), TINY, 5), 32, 3)
         torch.testing.assert_close(views, plain_views(path), atol=1e-5, rtol=0)
@@ -1051,7 +1051,7 @@ def test_a_files_views_are_the_protocols(noise):
         torch.testing.assert_close(evaluation.to_views(clip, 32, 1), centre, atol=1e-5, rtol=0)
 
 
-def test_the_accuracy_is_that_of_plain_code(noise, run_script, capfd):
+def test_accuracy_matches_plain_code(noise, run_script, capfd):
     """An unreadable file counts as wrong. On any number of processes each file counts once."""
     kind, root, model, plain = noise
     broken = root / "val" / "class 1" / f"broken{next(iter(plain)).suffix}"
@@ -1065,12 +1065,12 @@ def test_the_accuracy_is_that_of_plain_code(noise, run_script, capfd):
     ranks = [int((logits > logits[label]).sum()) for label, logits in plain.values()]
     top1, top5 = (100 * sum(rank < k for rank in ranks) / (len(ranks) + 1) for k in (1, 5))
     shown = capfd.readouterr()
-    times = 2 if kind == "images" else 1  # the second by two processes, which say it once
+    times = 2 if kind == "images" else 1  # two processes print it once
     assert shown.out.count(f"top-1 {top1:.2f}%, top-5 {top5:.2f}%; 1 ") == times
     assert broken.name in shown.err
 
 
-def test_the_five_best_labels_are_those_of_plain_code(noise, run_script, capsys):
+def test_the_five_best_labels_match_plain_code(noise, run_script, capsys):
     run_script(evaluation, "--checkpoint", noise[2], *noise[3])
     lines = iter(capsys.readouterr().out.splitlines())
     for path, (_, logits) in noise[3].items():
@@ -1124,7 +1124,7 @@ def whole_runs(data, tmp_path_factory) -> Path:
     [("train", signal.SIGKILL, 1), ("finetune", signal.SIGTERM, 1), ("train", signal.SIGTERM, 2)],
 )
 def test_a_run_ended_by_a_signal_resumes(name, number, processes, data, tmp_path, whole_runs):
-    """With the same bits; two processes give the same weights as one, up to rounding."""
+    """One process resumes bit for bit. Two give the weights of one, up to rounding."""
     killed, last = number == signal.SIGKILL, tmp_path / "run" / "last.pt"  # SIGTERM itself saves
     process = start(name, data, tmp_path / "run", processes, save=1e-9 if killed else 10)
     while process.poll() is None and not (last if killed else last.parent / "log.jsonl").exists():
@@ -1139,7 +1139,7 @@ def test_a_run_ended_by_a_signal_resumes(name, number, processes, data, tmp_path
     torch.testing.assert_close(one["model"], other["model"], atol=1e-5, rtol=0)
 
 
-def test_a_wrong_command_ends_in_a_sentence(data, capsys):
+def test_a_wrong_command_ends_in_a_sentence_without_a_traceback(data, capsys):
     own = f"--model tiny --images {data}/images --batch-size 16"
     commands = [(train, "--images nowhere"), (train, f"{own} --epochs -1")]
     commands += [(finetune, "--checkpoint vit_x --images x"), (evaluation, "--checkpoint x.pt x")]
