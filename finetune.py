@@ -28,7 +28,7 @@ RECIPES = {
         "epochs": 100, "batch_size": 1024, "lr": 4e-3, "warmup": 0.05, "weight_decay": 1e-4,
         "layer_decay": 0.65, "drop_path": 0.1, "augment": "full",
     },
-    "videos": {  # SSv2; released: 100 epochs, but a comment counts its 12.5% as 5 epochs
+    "videos": {  # SSv2; released: 100 epochs, but a comment counts the 12.5% warm-up as 5
         "epochs": 40, "batch_size": 256, "lr": 1e-3, "warmup": 0.125, "weight_decay": 0.05,
         "layer_decay": 0.75, "drop_path": 0.1, "augment": "full",
     },
