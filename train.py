@@ -271,10 +271,11 @@ class Run:
         elapsed = time.monotonic() - self.interval_began
         speed, wait = self.views / elapsed, self.waited / elapsed
         pace = (time.monotonic() - self.began) / (self.step - self.first_step)
-        minutes, seconds = divmod(int(pace * (total - self.step)), 60)
+        minutes = pace * (total - self.step) / 60
+        left = f"{minutes / 60:.0f} h" if minutes > 60 else f"{minutes:.1f} min"
         self.say(
-            f"step {self.step:6d}  {label}  loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} views/s  "
-            f"wait {wait:.0%}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left",
+            f"step {self.step:6d}  {label}  loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} views/s  "
+            f"wait {wait:.0%}  {left} left",
             label=label, loss=loss, lr=lr, views_per_second=speed, wait=wait,
             gpu_memory_bytes=torch.cuda.max_memory_allocated(),
         )  # fmt: skip
@@ -401,10 +402,9 @@ def look(model: omnimae.OmniMAE, dataset: Views, splits: dict, run: Run, autocas
             picture = omnimae.draw_reconstruction(model, x[0], mask[0])
         masked = omnimae.to_patches(x, model.cfg)[0][mask]  # (B M, P)
         target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked[None]))
-        loss, zero = loss.item(), target.square().mean().item()
         (run.out / "pictures").mkdir(exist_ok=True)
         picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
-        name = f"{splits[kind]} {kind}"
+        name, loss, zero = f"{splits[kind]} {kind}", loss.item(), target.square().mean().item()
         text = f"step {run.step:6d}  {name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
         run.say(text, label=name, look_loss=loss, zero_loss=zero)
     run.begin_interval()
