@@ -272,7 +272,7 @@ class Run:
         speed, wait = self.views / elapsed, self.waited / elapsed
         pace = (time.monotonic() - self.began) / (self.step - self.first_step)
         minutes = pace * (total - self.step) / 60
-        left = f"{minutes / 60:.0f} h" if minutes > 60 else f"{minutes:.1f} min"
+        left = f"{minutes / 60:.0f} h" if minutes > 60 else f"{minutes:.0f} min"
         self.say(
             f"step {self.step:6d}  {label}  loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} views/s  "
             f"wait {wait:.0%}  {left} left",
