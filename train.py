@@ -5,7 +5,7 @@
 
 Random numbers are a function of (seed, epoch, file, view), the order of files of (seed, epoch). So
 a step's files, crops and masks depend neither on the number of processes, workers or micro-batches
-nor on a restart: on a CPU, a resumed run of one process or two ends with the same bits.
+nor on a restart: on a CPU, 1 or 2 processes, a resumed run ends with an unbroken run's bits.
 """
 
 import argparse
@@ -124,8 +124,8 @@ class Views(Dataset):
         """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
         unreadable file, and reads a random one instead. ValueError after twenty."""
         kind, epoch, index, _ = sample
-        for attempt in range(20):
-            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)  # views: 1+
+        for attempt in range(20):  # key 0: the file; 1, 2, ...: its views, below
+            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
             if attempt > 0:
                 index = int(torch.randint(len(self.paths[kind]), ()))
             path = os.fsdecode(self.paths[kind][index])
@@ -180,13 +180,13 @@ class Run:
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
         if self.world > 1:
             store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == local_world:  # one machine: fresh keys after a restart
+            if self.world == local_world:  # a restart must not meet the last one's addresses
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         self.out, self.step, self.first_step = Path(args.out), 0, 0
-        self.stop, self.save_due, self.stopped_by = False, False, None  # the signal
+        self.stop, self.save_due, self.stopped_by = False, False, None  # stopped_by: a signal
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Sums numbers over all ranks, on the host: no GPU sync."""
