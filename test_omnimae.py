@@ -748,8 +748,7 @@ def test_bfloat16_if_fast(script, dim, cpu, expected, run_script, monkeypatch, a
 
 
 def test_checkpointed_activations_are_computed_twice_and_change_no_bit(pretrain, attention):
-    one = pretrain(videos=False, out="one")
-    plain = len(attention)
+    one, plain = pretrain(videos=False, out="one"), len(attention)
     other = pretrain("--checkpoint-activations", videos=False, out="other")
     assert len(attention) == 2 * plain + 3 * 4  # 3 steps of 4 blocks
     same_bits(weights_of(one), weights_of(other))
@@ -1081,6 +1080,7 @@ def test_the_five_best_labels_match_plain_code(noise, run_script, capsys):
             assert label.strip() == f"class {index}"
     with pytest.raises(ValueError, match="classes"):
         run_script(evaluation, "--checkpoint", noise[2], **{noise[0]: True})  # other classes
+    assert evaluation.class_names(Classifier(TINY, 1000), None)[0] == "tench"  # in order of wnid
 
 
 def test_reconstructions_are_written_as_pictures(tiny, run_script, tmp_path):
