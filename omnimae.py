@@ -508,7 +508,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
                 model = Classifier(cfg, num_classes=len(state.get("head.bias", ())))
                 model.classes = file.get("classes")
         model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    return model.requires_grad_().eval()
+    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 
 Random numbers are a function of (seed, epoch, file, view), the order of files of (seed, epoch). So
 a step's files, crops and masks depend neither on the number of processes, workers or micro-batches
-nor on a restart: on a CPU, 1 or 2 processes, a resumed run ends with an unbroken run's bits.
+nor on a restart: with 1 or 2 CPU processes, a resumed run ends with an unbroken run's bits.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def seed_all(*key: int) -> None:
 
 
 class Views(Dataset):
-    """Views of files, each with a random mask: random crops, or centre crops to look at."""
+    """Views of files, each with a random mask: random crops, or centre crops for `look`."""
 
     def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, centre_crop=False):
         self.cfg, self.seed, size = cfg, seed, cfg.image_size
@@ -124,7 +124,7 @@ class Views(Dataset):
         """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
         unreadable file, and reads a random one instead. ValueError after twenty."""
         kind, epoch, index, _ = sample
-        for attempt in range(20):  # key 0: the file; 1, 2, ...: its views, below
+        for attempt in range(20):  # fifth key: 0 here, 1 + view in __getitem__
             seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
             if attempt > 0:
                 index = int(torch.randint(len(self.paths[kind]), ()))
@@ -429,7 +429,7 @@ def main(args: argparse.Namespace) -> int | None:
         model = run.first_rank_first(omnimae.load_checkpoint, args.init).train()
         if not isinstance(model, omnimae.OmniMAE) or model.cfg.dim != cfg.dim:
             raise ValueError(f"{args.init}: expected a pretraining checkpoint of {args.model}")
-        model.cfg = replace(cfg, decoder_qkv_bias=model.cfg.decoder_qkv_bias)  # this run's ratios
+        model.cfg = replace(model.cfg, **ratios)  # this run's ratios
     else:
         model = omnimae.OmniMAE(cfg)
     parallel = prepare(model, args, run)
