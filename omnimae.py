@@ -164,7 +164,7 @@ def to_pixels(patches: Tensor) -> Tensor:
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1). Takes
-    pixels in [0, 1], (B, N, P); ImageNet-normalised ones would only change the weight of the 1e-6.
+    pixels in [0, 1], (B, N, P); ImageNet-normalised ones would only change what the 1e-6 does.
     Returns patches (B, N, P), and the means and standard deviations they had, (B, N, 1, 3)."""
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)

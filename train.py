@@ -58,8 +58,8 @@ Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how
 
 
 class Steps:
-    """The steps of a run. Each takes one batch of views, all of images or all of videos. An epoch
-    has as many views of a kind as it has files: with 4 views a video, a quarter of the videos."""
+    """The steps of a run. Each takes one batch of views, all of images or all of videos. In an
+    epoch a kind gets as many views as it has files: a quarter of the videos, with 4 views each."""
 
     def __init__(self, num_files: dict, num_views: dict, args: argparse.Namespace, run: "Run"):
         self.num_files, self.num_views = num_files, num_views  # both by kind; views of one file
@@ -180,7 +180,7 @@ class Run:
         self.workers = max(1, cores - 1) if args.workers is None else args.workers
         if self.world > 1:
             store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == local_world:  # a restart must not meet the last one's addresses
+            if self.world == local_world:  # one machine: a restart must not meet old addresses
                 restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"restart {restarts}", store)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
