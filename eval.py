@@ -1,7 +1,7 @@
 """Evaluate a finetuned model, label files, or look at reconstructions.
 
     torchrun --nproc_per_node=8 eval.py --checkpoint vit_b_ssv2 --videos /data/ssv2    accuracy
-    python eval.py --checkpoint vit_b_in1k dog.jpg cat.jpg                        five best labels
+    python eval.py --checkpoint vit_b_in1k dog.jpg cats/                          five best labels
     python eval.py --checkpoint vit_b_pretrain dog.jpg clip.mp4                   reconstructions
 
 As released, an image is one view: the short side resized to 224, the centre cropped. A video is 15
@@ -10,7 +10,10 @@ views, 5 clips in time x 3 crops in space, whose logits are averaged.
 
 import argparse
 import math
+import os
+import re
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,86 +27,80 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 
 import omnimae
 import train
+from omnimae import UserError
 
-CLIPS, CROPS = 5, 3  # views of a video
-
-# ------------------------------------------------------------------------------------------------
-# Data: labelled files, and the views of a file
-
-
-def list_labelled(root: str, kind: str, split: str, classes=None) -> omnimae.Listing:
-    """Lists the "train" or "val" split. Labels index `classes`, by default the split's. Without
-    a val split, every 10th file of a class is held out. ValueError for other classes."""
-    has_val = omnimae.has_validation(root, kind)
-    paths, labels, names = omnimae.list_media(root, kind, split if has_val else "train")
-    if labels is None:
-        raise ValueError(f"{root}: {kind} without labels; expected <class>/<file>")
-    if not has_val:
-        nth = np.arange(len(labels)) - np.searchsorted(labels, labels)  # within a class
-        chosen = np.flatnonzero((nth % 10 == 0) == (split == "val")).tolist()
-        paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
-    classes = classes or names
-    if set(names) != set(classes) or len(set(labels)) < 2:
-        found = f"{len(set(labels))} classes, {names[0]!r} to {names[-1]!r}"
-        raise ValueError(f"{root}: {split} has {found}; expected the training classes, 2 or more")
-    index = [classes.index(name) for name in names]
-    return omnimae.Listing(paths, [index[label] for label in labels], classes)
-
-
-def is_video(path: str) -> bool:
-    return path.lower().endswith(omnimae.SUFFIXES["videos"])
-
-
-def read_pixels(path: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> Tensor:
-    """Reads an image, uint8 (1, 3, S, S), resized by PIL (bicubic, antialiased), or the clips of a
-    video, uint8 (clips, T, 3, H, W), not resized."""
-    if is_video(path):
-        starts = [Fraction(i, num_clips) for i in range(num_clips)]
-        return omnimae.read_clips(path, starts, cfg.num_frames)
-    image = to_pil_image(omnimae.read_image(path))
-    image = resize(image, cfg.image_size, InterpolationMode.BICUBIC)
-    return pil_to_tensor(center_crop(image, cfg.image_size))[None]
-
-
-def to_views(pixels: Tensor, size: int, num_crops: int) -> Tensor:
-    """Cuts normalised views from what `read_pixels` gave: (B, 3, S, S) or (clips x crops, 3, T, S,
-    S). A clip's short side is resized, bilinear without antialiasing. The crops are the start, the
-    centre and the end of the long side, or the centre only."""
-    if pixels.ndim == 4:
-        return omnimae.normalize(pixels)
-    height, width = pixels.shape[-2:]
-    short = min(height, width)
-    height, width = height * size // short, width * size // short  # rounded down
-    frames = F.interpolate(pixels.flatten(0, 1) / 255, (height, width), mode="bilinear")
-    frames = omnimae.normalize(frames)  # (clips T, 3, H, W)
-    over = max(height, width) - size
-    offsets = (0, math.ceil(over / 2), over) if num_crops == 3 else (math.ceil(over / 2),)
-    crops = [frames.narrow(3 if width >= height else 2, offset, size) for offset in offsets]
-    views = torch.stack(crops).unflatten(1, pixels.shape[:2])  # (crops, clips, T, 3, S, S)
-    return views.permute(1, 0, 3, 2, 4, 5).flatten(0, 1)  # (clips x crops, 3, T, S, S)
-
-
-def file_loader(listing: omnimae.Listing, kind: str, cfg, num_clips: int, run: train.Run):
-    """Loads pixels and labels of this rank's files. Unreadable files are named and skipped. One
-    video per batch: its clips are not resized yet and can be large."""
-
-    def read_batch(batch):
-        pixels, labels = [], []
-        for path, label in batch:
-            try:
-                pixels.append(read_pixels(path, cfg, num_clips))
-                labels.append(label)
-            except ValueError as error:
-                print(error, file=sys.stderr, flush=True)
-        return pixels, labels
-
-    files = list(zip(listing.paths, listing.labels))[run.rank :: run.world]
-    batch_size = 64 if kind == "images" else 1
-    return train.make_loader(files, run, batch_size=batch_size, collate_fn=read_batch)
-
+CLIPS = 5  # of a video, evenly spread in time (released protocol)
+CROPS = 3  # of a clip, along its long side (released protocol)
+HELD_OUT = 10  # without a val split, every 10th file of a class is held out (this project)
 
 # ------------------------------------------------------------------------------------------------
-# Accuracy; labels of files; reconstructions
+# Evaluation
+
+
+def main(args: argparse.Namespace) -> None:
+    ranks = train.Ranks(args.device)
+    model = ranks.first_then_others(omnimae.load_checkpoint, args.checkpoint).to(ranks.device)
+    autocast, _ = train.precision(args.dtype, ranks.device, model.cfg)
+
+    is_pretrained = isinstance(model, omnimae.OmniMAE)
+    if is_pretrained and (args.labels or not args.files):
+        raise UserError(f"{args.checkpoint} has no classes: finetune it, or give only files")
+    if not is_pretrained and args.mask_ratio:
+        raise UserError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
+
+    if not args.files:
+        evaluate(model, args, ranks, autocast)
+    elif ranks.rank == 0 and is_pretrained:
+        reconstruct_files(model, args, ranks.device, autocast)
+    elif ranks.rank == 0:
+        classify_files(model, args, ranks.device, autocast)
+    ranks.close()
+
+
+def evaluate(model: omnimae.Classifier, args, ranks: train.Ranks, autocast) -> None:
+    """Prints the accuracy on a data set's validation split, or with --all on all its files."""
+    kind = "images" if args.images else "videos"
+    root = train.data_root(args.images or args.videos, kind, ranks)
+    split = "all" if args.all else "val"
+    listing = list_labelled(root, kind, split, model.classes)
+    num_classes = model.head.out_features
+    if len(listing.classes) != num_classes:
+        raise UserError(
+            f"{args.checkpoint} has {num_classes} classes without names, and {root} has "
+            f"{len(listing.classes)} classes: expected the same, in the same order"
+        )
+    ranks.say(train.describe(listing, kind, root))
+    ranks.say(describe_split(root, kind, split))
+    is_wnid = [bool(re.fullmatch(r"n\d{8}", name)) for name in listing.classes]
+    if num_classes == 1000 and model.classes is None and not all(is_wnid):
+        ranks.say("warning: the class folders are not named as ImageNet's (n01440764, ...)")
+
+    loader = file_loader(listing, kind, model.cfg, CLIPS, args, ranks)
+    progress = Progress(len(loader.dataset), ranks)
+    top1, top5, unreadable = accuracy(model, loader, CROPS, ranks, autocast, progress)
+    ranks.say(f"{args.checkpoint} on {len(listing.paths):,} {kind} of {root}:")
+    ranks.say(f"top-1 {top1:.2f}%, top-5 {top5:.2f}%; {unreadable} unreadable, counted as wrong")
+
+
+def accuracy(
+    model, loader, num_crops: int, ranks: train.Ranks, autocast, progress=None
+) -> tuple[float, float, int]:
+    """Top-1 and top-5 in %, over all ranks' files, and how many files were unreadable (wrong)."""
+    model.eval()
+    hits1 = hits5 = readable = done = 0
+    for pixels, labels, num_files in loader:
+        if pixels:
+            logits = predict(model, torch.cat(pixels).to(ranks.device), num_crops, autocast)
+            best = logits.topk(min(5, logits.shape[1])).indices.cpu()  # (B, 5)
+            hits = best == torch.tensor(labels)[:, None]
+            hits1 += hits[:, 0].sum().item()
+            hits5 += hits.any(1).sum().item()
+            readable += len(labels)
+        done += num_files
+        if progress is not None:
+            progress.show(done, 100 * hits1 / done)
+    hits1, hits5, readable, num = ranks.sum(hits1, hits5, readable, done)
+    return 100 * hits1 / num, 100 * hits5 / num, int(num - readable)
 
 
 @torch.compiler.set_stance("force_eager")  # these batch sizes are not worth compiling for
@@ -116,99 +113,251 @@ def predict(model: omnimae.Classifier, pixels: Tensor, num_crops: int, autocast)
     return logits if pixels.ndim == 4 else logits.mean(0, keepdim=True)
 
 
-def accuracy(model, loader, num_crops: int, run: train.Run, autocast) -> list[float]:
-    """Top-1 and top-5 in %, over all ranks' files, and how many files were unreadable (wrong)."""
-    model.eval()
-    counts = torch.zeros(3)  # top-1 hits, top-5 hits, readable
-    for pixels, labels in loader:
-        if pixels:
-            logits = predict(model, torch.cat(pixels).to(run.device), num_crops, autocast).cpu()
-            hits = logits.topk(min(5, logits.shape[1])).indices == torch.tensor(labels)[:, None]
-            counts += torch.tensor([hits[:, 0].sum(), hits.any(1).sum(), len(labels)])
-    hits1, hits5, readable, num = run.sum_over_ranks(*counts.tolist(), len(loader.dataset))
-    return [100 * hits1 / num, 100 * hits5 / num, int(num - readable)]
+class Progress:
+    """Shows how far rank 0 is, every tenth of its files and about every 30 seconds."""
+
+    def __init__(self, num_files: int, ranks: train.Ranks):
+        self.num_files = num_files
+        self.ranks = ranks
+        self.began = time.monotonic()
+        self.shown = self.began
+        self.shown_tenth = 0
+
+    def show(self, done: int, top1: float) -> None:
+        now = time.monotonic()
+        tenth = 10 * done // self.num_files
+        if done == self.num_files or (tenth == self.shown_tenth and now - self.shown < 30):
+            return
+        self.shown = now
+        self.shown_tenth = tenth
+        left = train.time_left((now - self.began) / done * (self.num_files - done))
+        of_rank = f" of process 0 of {self.ranks.world}" if self.ranks.world > 1 else ""
+        files = f"{done:,} of {self.num_files:,} files{of_rank}"
+        self.ranks.say(f"{files}, top-1 so far {top1:.2f}%, {left} left")
 
 
-def evaluate(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run, autocast) -> None:
-    """Prints the accuracy on a data set's validation split."""
-    kind = "images" if args.images else "videos"
-    root = train.data_root(args.images or args.videos, kind, run)
-    listing = list_labelled(root, kind, "val", model.classes)
-    if len(listing.classes) != model.head.out_features:
-        raise ValueError(f"{args.checkpoint} was finetuned on other classes than those of {root}")
-    loader = file_loader(listing, kind, model.cfg, CLIPS, run)
-    top1, top5, unreadable = accuracy(model, loader, CROPS, run, autocast)
-    run.say(f"{args.checkpoint} on {len(listing.paths):,} {kind} of {root}:")
-    run.say(f"top-1 {top1:.2f}%, top-5 {top5:.2f}%; {unreadable} unreadable, counted as wrong")
+# ------------------------------------------------------------------------------------------------
+# Labels and pictures of single files
 
 
-def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
-    """Names from --labels or the checkpoint; for IN1k torchvision's; otherwise numbers."""
-    names = omnimae.read_classes(path) if path else model.classes
-    num = model.head.out_features
-    if num == 1000 and (not names or names[0] == "n01440764"):
-        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # sorted by wnid
-    if names and len(names) != num:
-        raise ValueError(f"{path or 'the checkpoint'} names {len(names)} classes, not {num}")
-    return names or [f"class {i}" for i in range(num)]
-
-
-def classify(model: omnimae.Classifier, args: argparse.Namespace, run: train.Run, autocast) -> None:
+def classify_files(model: omnimae.Classifier, args, device, autocast) -> None:
     """Prints the five best labels of each file."""
     names = class_names(model, args.labels)
-    for path in args.files:
-        pixels = read_pixels(path, model.cfg, CLIPS).to(run.device)
-        best = predict(model, pixels, CROPS, autocast)[0].softmax(0).topk(min(5, len(names)))
+    for path, pixels in read_files(args.files, model.cfg, CLIPS):
+        best = (
+            predict(model, pixels.to(device), CROPS, autocast)[0]
+            .softmax(0)
+            .topk(min(5, len(names)))
+        )
         print(path)
         for value, index in zip(best.values.tolist(), best.indices.tolist()):
             print(f"  {value:7.2%}  {names[index]}")
 
 
-def reconstruct(model: omnimae.OmniMAE, args: argparse.Namespace, run: train.Run, autocast) -> None:
-    """Draws original, visible patches and reconstruction of each file."""
-    for path in args.files:
-        pixels = read_pixels(path, model.cfg, num_clips=1).to(run.device)
-        x = to_views(pixels, model.cfg.image_size, num_crops=1)
+def reconstruct_files(model: omnimae.OmniMAE, args, device, autocast) -> None:
+    """Draws original, visible patches and reconstruction of each file, as a PNG under --out. Below
+    it, pictures have the folders that their files have below a common one."""
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(x)) for x in files_of(args.files)])
+    for path, pixels in read_files(args.files, model.cfg, num_clips=1):
+        x = to_views(pixels.to(device), model.cfg.image_size, num_crops=1)
         N, ratio = model.cfg.masking("videos" if is_video(path) else "images")
         mask = omnimae.random_mask(1, N, args.mask_ratio or ratio, torch.Generator().manual_seed(0))
         with autocast:
-            picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(run.device))
-        run.out.mkdir(parents=True, exist_ok=True)
-        picture.save(run.out / f"{Path(path).name}.png")
-        print(run.out / f"{Path(path).name}.png")
+            picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(device))
+        target = Path(args.out) / (os.path.relpath(os.path.abspath(path), common) + ".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target)
+        print(target)
+
+
+def read_files(names: list[str], cfg, num_clips: int):
+    """Yields the path and the pixels of each file. Names unreadable files, and raises a UserError
+    for them after all others."""
+    paths = files_of(names)
+    num_unreadable = 0
+    for path in paths:
+        try:
+            pixels = read_pixels(path, cfg, num_clips)
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            num_unreadable += 1
+            continue
+        yield path, pixels
+    if num_unreadable:
+        raise UserError(f"{num_unreadable} of {len(paths)} files could not be read, see above")
+
+
+def files_of(names: list[str]) -> list[str]:
+    """Files, and the images and videos in folders and in the folders in these."""
+    suffixes = train.SUFFIXES["images"] + train.SUFFIXES["videos"]
+    paths = []
+    for name in names:
+        if not os.path.isdir(name):
+            paths.append(name)
+            continue
+        found = [str(x) for x in sorted(Path(name).rglob("*")) if x.name.lower().endswith(suffixes)]
+        if not found:
+            raise UserError(f"{name}: no images or videos in this folder")
+        paths += found
+    return paths
+
+
+def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
+    """Names from --labels or the checkpoint; for IN1k torchvision's; otherwise numbers."""
+    names = train.read_classes(path) if path else model.classes
+    num = model.head.out_features
+    if num == 1000 and (not names or names[0] == "n01440764"):
+        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # sorted by wnid
+    if names and len(names) != num:
+        raise UserError(f"{path or 'the checkpoint'} names {len(names)} classes, not {num}")
+    return names or [f"class {i}" for i in range(num)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Labelled files, and the views of a file
+
+
+def list_labelled(root: str, kind: str, split: str, classes: list | None = None) -> train.Listing:
+    """Lists the "train" or "val" split, or "all" files of a data set that has no splits.
+
+    Labels index `classes`, by default the data set's own. Without a val split, every 10th file of a
+    class is held out, except the only one. UserError for files without labels, for classes that are
+    not among `classes`, and for less than two classes of its own.
+    """
+    has_split = train.validation_split(root, kind) is not None
+    if has_split and split == "all":
+        raise UserError(f"{root} has a validation split, which is evaluated without --all")
+    paths, labels, names = train.list_media(root, kind, split if has_split else "train")
+    if labels is None:
+        raise UserError(f"{root}: {kind} without labels; expected <class>/<file>")
+
+    if not has_split and split != "all":
+        labels_array = np.array(labels)
+        nth = np.arange(len(labels)) - np.searchsorted(labels_array, labels_array)  # in its class
+        is_alone = np.bincount(labels_array)[labels_array] == 1
+        is_held_out = (nth % HELD_OUT == 0) & ~is_alone
+        chosen = np.flatnonzero(is_held_out == (split == "val")).tolist()
+        paths = [paths[i] for i in chosen]
+        labels = [labels[i] for i in chosen]
+    if not paths:
+        raise UserError(f"{root}: no {kind} to hold out: each class has one file only")
+
+    if classes is None:
+        classes = names
+        if len(set(labels)) < 2:
+            raise UserError(f"{root}: {split} has only the class {names[0]!r}; expected 2 or more")
+    unknown = [name for name in names if name not in set(classes)]
+    if unknown:
+        raise UserError(
+            f"{root}: {split} has classes that the training has not: {', '.join(unknown[:5])}"
+        )
+    index = {name: i for i, name in enumerate(classes)}
+    return train.Listing(paths, [index[names[label]] for label in labels], classes)
+
+
+def describe_split(root: str, kind: str, split: str = "val") -> str:
+    """Says which files are held out, and how many of how many."""
+    name = train.validation_split(root, kind)
+    if name is not None:
+        return f"validation files: all of {name}"
+    num = len(train.list_media(root, kind).paths)
+    if split == "all":
+        return f"all {num:,} files"
+    num_held_out = len(list_labelled(root, kind, "val").paths)
+    return f"validation files: every {HELD_OUT}th file (no val/): {num_held_out:,} of {num:,}"
+
+
+def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ranks: train.Ranks):
+    """Loads pixels and labels of this rank's files, and their number. Unreadable files are named
+    and skipped. One video per batch: its clips are not resized yet and can be large."""
+
+    def read_batch(batch: list) -> tuple[list, list, int]:
+        pixels, labels = [], []
+        for path, label in batch:
+            try:
+                pixels.append(read_pixels(path, cfg, num_clips))
+                labels.append(label)
+            except UserError as error:
+                print(error, file=sys.stderr, flush=True)
+        return pixels, labels, len(batch)
+
+    files = list(zip(listing.paths, listing.labels))[ranks.rank :: ranks.world]
+    size = 64 if kind == "images" else 1
+    batches = [range(i, min(i + size, len(files))) for i in range(0, len(files), size)]
+    return train.make_loader(files, args, ranks, batches, ready=1, collate_fn=read_batch)
+
+
+def is_video(path: str) -> bool:
+    return path.lower().endswith(train.SUFFIXES["videos"])
+
+
+def read_pixels(path: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> Tensor:
+    """Reads an image, uint8 (1, 3, S, S), resized by PIL (bicubic, antialiased), or the clips of a
+    video, uint8 (clips, T, 3, H, W), not resized."""
+    if is_video(path):
+        starts = [Fraction(i, num_clips) for i in range(num_clips)]
+        return omnimae.read_clips(path, starts, cfg.num_frames, cfg.clip_seconds)
+    image = to_pil_image(omnimae.read_image(path))
+    image = resize(image, cfg.image_size, InterpolationMode.BICUBIC)
+    return pil_to_tensor(center_crop(image, cfg.image_size))[None]
+
+
+def to_views(pixels: Tensor, size: int, num_crops: int) -> Tensor:
+    """Cuts normalised views from what `read_pixels` gave: (B, 3, S, S) or (clips x crops, 3, T, S,
+    S). A clip's short side is resized, bilinear without antialiasing. The crops are the start, the
+    centre and the end of the long side, or the centre only."""
+    if pixels.ndim == 4:
+        return omnimae.normalize(pixels)
+
+    height, width = pixels.shape[-2:]
+    short = min(height, width)
+    height = height * size // short  # rounded down
+    width = width * size // short
+    frames = F.interpolate(pixels.flatten(0, 1) / 255, (height, width), mode="bilinear")
+    frames = omnimae.normalize(frames)  # (clips T, 3, H, W)
+
+    over = max(height, width) - size
+    centre = math.ceil(over / 2)
+    offsets = (0, centre, over) if num_crops == 3 else (centre,)
+    long_side = 3 if width >= height else 2
+    crops = [frames.narrow(long_side, offset, size) for offset in offsets]
+    views = torch.stack(crops).unflatten(1, pixels.shape[:2])  # (crops, clips, T, 3, S, S)
+    return views.permute(1, 0, 3, 2, 4, 5).flatten(0, 1)  # (clips x crops, 3, T, S, S)
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Evaluation's options."""
     usage = "%(prog)s --checkpoint NAME (--images|--videos DIR | FILE ...) [options]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", required=True, help="released name (vit_b_in1k, ...), URL or path")
-    add("--images", help="folder of images, or 'demo'")
-    add("--videos", help="folder of videos, or 'demo'")
-    add("files", nargs="*", help="images and videos in any mix")
-    add("--labels", help="names to print for files: a JSON like SSv2's labels.json")
-    add("--mask-ratio", type=float, help="in reconstructions (default: the checkpoint's)")
-    add("--out", default="reconstructions", help="folder for pictures (default: reconstructions)")
-    args = train.parse_shared(parser, argv, training=False)
+    non_empty = train.non_empty
+    add(
+        "--checkpoint",
+        type=non_empty,
+        required=True,
+        help="released name (vit_b_in1k), URL or path",
+    )
+    add("--images", type=non_empty, help="folder of labelled images, or 'demo'")
+    add("--videos", type=non_empty, help="folder of labelled videos, or 'demo'")
+    add("--all", action="store_true", help="all files of a folder without val/, not every 10th")
+    add("files", nargs="*", help="images, videos and folders of them, in any mix")
+    add("--labels", type=non_empty, help="names to print for files: a JSON like SSv2's labels.json")
+    add("--mask-ratio", type=train.positive_float, help="of reconstructions (the checkpoint's)")
+    add("--out", type=non_empty, default="reconstructions", help="for pictures (reconstructions/)")
+    train.add_shared_options(parser)
+    args = parser.parse_args(argv)
     given = [bool(x) for x in (args.images, args.videos, args.files)]
-    if sum(given) != 1 or (args.labels and not args.files):
-        parser.error("expected one of --images DIR, --videos DIR, files; --labels only with files")
+    if sum(given) != 1:
+        parser.error("expected one of --images DIR, --videos DIR, or files")
+    if args.labels and not args.files:
+        parser.error("--labels is for files")
+    if args.all and args.files:
+        parser.error("--all is for --images and --videos")
     return args
-
-
-def main(args: argparse.Namespace) -> None:
-    run = train.Run(args)
-    model = run.first_rank_first(omnimae.load_checkpoint, args.checkpoint).to(run.device)
-    pretrained = isinstance(model, omnimae.OmniMAE)
-    if pretrained and (args.labels or not args.files):
-        raise ValueError(f"{args.checkpoint} has no classes: finetune it, or give only files")
-    if not pretrained and args.mask_ratio:
-        raise ValueError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
-    autocast, _ = train.precision(args, run.device, model.cfg)
-    if not args.files:
-        evaluate(model, args, run, autocast)
-    elif run.rank == 0:
-        (reconstruct if pretrained else classify)(model, args, run, autocast)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,30 @@ Girdhar, El-Nouby, Singh, Alwala, Joulin, Misra, CVPR 2023, https://arxiv.org/ab
 
 The method on one screen. B batch, T frames, H W pixels, N patches, V visible, M masked (V + M = N),
 P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a clip (an image).
+At the right, the function or class that does the step.
 
-    x           (B, 3, T, H, W)  ImageNet-normalised         16 x 224 x 224  (1 x 224 x 224)
-      |                          an image is a video of one frame, repeated to fill a patch
-    patches     (B, N, P)        2 x 16 x 16 pixels x 3      1568 x 1536     (196 x 1536)
-      |                          a random mask hides 95% of a clip's patches, 90% of an image's
-    visible     (B, V, P)        all that the encoder sees   V = 79          (20)
-      |  linear, + position
-      |  12 blocks, norm         a plain ViT: no class token, fixed sine/cosine positions
+    x           (B, 3, T, H, W)  16 x 224 x 224  (1 x 224 x 224)                normalize
+      |                          an image is a video of one frame, repeated
+      |                          to fill a patch of 2 x 16 x 16 pixels x 3
+    patches     (B, N, P)        1568 x 1536     (196 x 1536)                   to_patches
+      |                          a random mask hides 95% of a clip's patches,   random_mask
+      |                          90% of an image's
+    visible     (B, V, P)        V = 79          (20)                           visible_indices
+      |  linear, + position      the encoder sees nothing else                  Encoder
+      |  12 blocks, norm         a plain ViT: no class token, fixed positions   Block
     tokens      (B, V, D)        D = 768
-      |      mask token (D)      learned, one copy for each masked patch: (B, M, D)
+      |      mask token (D)      learned, one copy for each masked patch        Decoder
       |           |
-      |  + position, embed       on both paths: positions of width D, then a linear layer D -> D'
+      |  + position, embed       on both paths: positions of width D, then a
+      |           |              linear layer D -> D'
       +-----------+              [visible, masked], in that order
       |  4 blocks                a small decoder over all N
     tokens      (B, N, D')       D' = 384
       |  the last M, norm, linear
-    pred        (B, M, P)        compared, by mean squared error, with the
-    target      (B, M, P)        masked patches: pixels in [0, 1], in each patch and channel
-                                 shifted and scaled to mean 0 and variance 1
+    pred        (B, M, P)        compared, by mean squared error, with the      OmniMAE.forward
+    target      (B, M, P)        masked patches: pixels in [0, 1], in each      normalize_patches
+                                 patch and channel shifted and scaled to
+                                 mean 0 and variance 1
 
 After pretraining the decoder is thrown away. `Classifier` runs the encoder on all patches.
 """
@@ -31,7 +36,9 @@ import hashlib
 import json
 import math
 import os
-from collections import namedtuple
+import pickle
+import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,11 +50,19 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
+
+
+class UserError(ValueError):
+    """What a user can mend: a file, an option, a setting. The scripts print it as one line. Any
+    other exception is a mistake in the code, and keeps its traceback."""
+
 
 # ------------------------------------------------------------------------------------------------
 # The sizes (paper, section 4, and the released checkpoints)
@@ -55,7 +70,7 @@ from torchvision.utils import make_grid
 
 @dataclass(frozen=True)
 class OmniMAEConfig:
-    """The sizes of a model and its mask ratios. The defaults are ViT-B/16."""
+    """The sizes of a model, its mask ratios, and the length of a clip. The defaults are ViT-B's."""
 
     image_size: int = 224  # height and width in pixels
     num_frames: int = 16  # of a clip
@@ -69,6 +84,7 @@ class OmniMAEConfig:
     decoder_qkv_bias: bool = False  # as in the released checkpoints; the released code says True
     image_mask_ratio: float = 0.90
     video_mask_ratio: float = 0.95
+    clip_seconds: float = 2.7  # what the frames of a clip span; the model itself does not use it
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -88,21 +104,27 @@ class OmniMAEConfig:
         return math.prod(self.grid), self.video_mask_ratio
 
 
-# fmt: off
 MODELS = {
     "vit_b": OmniMAEConfig(),
     "vit_l": OmniMAEConfig(dim=1024, depth=24, heads=16, decoder_dim=512),
     "vit_h": OmniMAEConfig(
-        patch_size=(2, 14, 14), dim=1280, depth=32, heads=16, decoder_dim=512, decoder_depth=8,
+        patch_size=(2, 14, 14), dim=1280, depth=32, heads=16, decoder_dim=512, decoder_depth=8
     ),
     # not in the paper: small enough to pretrain on a laptop's CPU in minutes
     "demo": OmniMAEConfig(
-        image_size=48, num_frames=8, patch_size=(2, 8, 8), dim=128, depth=4, heads=4,
-        decoder_dim=64, decoder_depth=2, decoder_heads=4,
-        image_mask_ratio=0.75, video_mask_ratio=0.90,
+        image_size=48,
+        num_frames=8,
+        patch_size=(2, 8, 8),
+        dim=128,
+        depth=4,
+        heads=4,
+        decoder_dim=64,
+        decoder_depth=2,
+        decoder_heads=4,
+        image_mask_ratio=0.75,
+        video_mask_ratio=0.90,
     ),
 }
-# fmt: on
 
 # ------------------------------------------------------------------------------------------------
 # Pixels, patches and their positions
@@ -112,18 +134,23 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 def normalize(x: Tensor) -> Tensor:
-    """ImageNet-normalises (B, 3, H, W) or (B, 3, T, H, W): uint8, or floats in [0, 1]."""
-    if x.ndim < 4 or x.shape[1] != 3 or not (x.dtype == torch.uint8 or x.is_floating_point()):
+    """ImageNet-normalises (B, 3, H, W) or (B, 3, T, H, W): uint8, or floats in [0, 1]. Returns
+    float32. ValueError for other shapes or dtypes."""
+    known = x.dtype == torch.uint8 or x.is_floating_point()
+    if x.ndim < 4 or x.shape[1] != 3 or not known:
         raise ValueError(f"got {x.dtype} {tuple(x.shape)}: expected uint8 or floats, (B, 3, ...)")
+
     x = x / 255 if x.dtype == torch.uint8 else x.float()
-    shape = (3, *[1] * (x.ndim - 2))
-    mean, std = (v.to(x.device, non_blocking=True).view(shape) for v in (MEAN, STD))
+    shape = (3, *[1] * (x.ndim - 2))  # (3, 1, 1) or (3, 1, 1, 1)
+    mean = MEAN.to(x.device, non_blocking=True).view(shape)
+    std = STD.to(x.device, non_blocking=True).view(shape)
     return (x - mean) / std
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     """Cuts (B, 3, T, H, W) into patches (B, N, P), in raster order of (time, height, width)."""
-    (B, C, T, H, W), (t, h, w) = x.shape, patch_size
+    B, C, T, H, W = x.shape
+    t, h, w = patch_size
     x = x.reshape(B, C, T // t, t, H // h, h, W // w, w)
     x = x.permute(0, 2, 4, 6, 3, 5, 7, 1)  # (B, T/t, H/h, W/w, t, h, w, C)
     return x.reshape(B, -1, t * h * w * C)  # (B, N, P)
@@ -144,28 +171,36 @@ def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, i
     """
     t, h, w = cfg.patch_size
     video = x.unsqueeze(2) if x.ndim == 4 else x  # (B, 3, T, H, W)
-    shape, clip = video.shape[1:], (3, cfg.num_frames, cfg.image_size, cfg.image_size)
+
+    shape = video.shape[1:]
+    clip_shape = (3, cfg.num_frames, cfg.image_size, cfg.image_size)
     is_image = len(shape) == 4 and shape[:2] == (3, 1) and shape[2] % h == shape[3] % w == 0
-    if not x.is_floating_point() or not (is_image or shape == clip):
+    if not x.is_floating_point() or not (is_image or shape == clip_shape):
         raise ValueError(
             f"got {x.dtype} {tuple(x.shape)}: expected floats from normalize(), (B, 3, H, W) of "
-            f"whole {h} x {w} patches or (B, {', '.join(map(str, clip))})"
+            f"whole {h} x {w} patches or (B, {', '.join(map(str, clip_shape))})"
         )
-    video = video.expand(-1, -1, t, -1, -1) if is_image else video  # (B, 3, T or t, H, W)
+
+    if is_image:
+        video = video.expand(-1, -1, t, -1, -1)  # (B, 3, t, H, W), without copying
     T, H, W = video.shape[2:]
     return patchify(video, cfg.patch_size), (T // t, H // h, W // w)
 
 
 def to_pixels(patches: Tensor) -> Tensor:
     """Undoes the ImageNet normalisation of patches (B, N, P). Returns pixels in [0, 1]."""
-    mean, std = (v.to(patches.device, non_blocking=True) for v in (MEAN, STD))
+    mean = MEAN.to(patches.device, non_blocking=True)
+    std = STD.to(patches.device, non_blocking=True)
     return (patches.unflatten(2, (-1, 3)) * std + mean).flatten(2)  # the channel is last
 
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1). Takes
-    pixels in [0, 1], (B, N, P); ImageNet-normalised ones would only change what the 1e-6 does.
-    Returns patches (B, N, P), and the means and standard deviations they had, (B, N, 1, 3)."""
+    """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1).
+
+    Takes pixels in [0, 1], (B, N, P), as released: on ImageNet-normalised ones the 1e-6 would have
+    another effect. Returns patches (B, N, P), and the means and standard deviations that they had,
+    each (B, N, 1, 3).
+    """
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
     std = (var + 1e-6).sqrt()
@@ -173,9 +208,15 @@ def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sincos_positions(num: int, dim: int) -> Tensor:
-    """The fixed table (num, dim), a row for each flattened (t, h, w) index of a clip's patches."""
-    angle = np.arange(num)[:, None] / 10000 ** (np.arange(dim) // 2 * 2 / dim)  # (num, dim)
-    table = np.where(np.arange(dim) % 2, np.cos(angle), np.sin(angle))
+    """The fixed sine/cosine table (num, dim), a row for each patch of a clip.
+
+    One-dimensional: a patch's position is its index in the flattened (t, h, w) raster. (MAE's table
+    is two-dimensional: half of its columns encode the row of the patch, half the column.)
+    """
+    position = np.arange(num)[:, None]  # (num, 1)
+    column = np.arange(dim)
+    angle = position / 10000 ** (column // 2 * 2 / dim)  # (num, dim)
+    table = np.where(column % 2, np.cos(angle), np.sin(angle))
     return torch.from_numpy(table).float()
 
 
@@ -190,39 +231,45 @@ def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Masking (paper, section 3)
+# Masking (paper, section 3). A mask is bool (B, N), True = masked, for people and for pictures. The
+# model takes the indices of the visible patches (B, V): their number is known without a GPU sync.
 
 
 def random_mask(B: int, N: int, ratio: float, generator=None) -> Tensor:
     """Draws a mask for each sample, uniformly over time and space at once. Returns bool (B, N),
-    True for the int(ratio * N) masked patches."""
+    True for the int(ratio * N) masked patches. UserError for a ratio that masks none or all."""
     M = int(ratio * N)
     if not 0 < M < N:
-        raise ValueError(f"mask ratio {ratio} of {N} patches: mask at least 1, leave at least 1")
+        raise UserError(
+            f"mask ratio {ratio} of {N} patches: mask at least 1 patch and leave at least 1 visible"
+        )
     order = torch.rand(B, N, generator=generator).argsort(1)  # (B, N), a random permutation
     return torch.zeros(B, N, dtype=torch.bool).scatter(1, order[:, :M], True)
 
 
-def split_mask(mask_or_visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns visible (B, V) and masked (B, M) indices in raster order, and the bool mask (B, N).
+def visible_indices(mask: Tensor) -> Tensor:
+    """The indices of the visible patches: mask, bool (B, N), True = masked -> int64 (B, V), in
+    raster order. ValueError if the rows do not mask the same number of patches. Syncs a GPU."""
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"got a mask of {mask.dtype} {tuple(mask.shape)}: expected bool (B, N)")
+    num_masked = set(mask.sum(1).tolist())
+    if len(num_masked) > 1:
+        raise ValueError(f"got a mask whose rows mask different numbers of patches: {num_masked}")
+    return (~mask).nonzero()[:, 1].view(len(mask), -1)  # (B, V)
 
-    Takes a mask, bool (B, N), True = masked; or the visible patches' int64 indices (B, V), from
-    which V is known without a GPU sync. Duplicates are not checked.
-    """
-    visible = mask_or_visible
-    if mask_or_visible.dtype == torch.bool and mask_or_visible.shape == (B, N):
-        if len(set(mask_or_visible.sum(1).tolist())) > 1:
-            raise ValueError("got a mask whose rows mask different numbers of patches")
-        visible = (~mask_or_visible).nonzero()[:, 1].view(B, -1)  # (B, V)
+
+def split_patches(visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor]:
+    """The indices of the masked patches (B, M) in raster order, and the mask, bool (B, N), for the
+    indices of the visible ones (B, V). Duplicate indices are not checked: that needs a GPU sync."""
     V = visible.shape[-1]
     if visible.dtype != torch.int64 or visible.shape != (B, V) or not 0 < V < N:
         raise ValueError(
-            f"got a mask of {mask_or_visible.dtype} {tuple(mask_or_visible.shape)}: expected bool "
-            f"{(B, N)}, True = masked, or visible indices, int64 ({B}, V), of some but not all"
+            f"got visible patches as {visible.dtype} {tuple(visible.shape)}: expected indices, "
+            f"int64 ({B}, V), 0 < V < {N}; visible_indices(mask) makes them from a bool mask"
         )
     mask = torch.ones(B, N, dtype=torch.bool, device=visible.device).scatter(1, visible, False)
     order = mask.byte().argsort(dim=1, stable=True)  # (B, N): the visible, then the masked
-    return order[:, :V], order[:, V:], mask
+    return order[:, V:], mask
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -251,6 +298,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them, four times as wide inside."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
@@ -308,7 +357,8 @@ class Encoder(nn.Module):
         """Patches (B, N, P), visible indices (B, V) or None for all -> (B, V or N, D)."""
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         if visible is not None:
-            patches, positions = take(patches, visible), positions[visible]  # (B, V, P), (B, V, D)
+            patches = take(patches, visible)  # (B, V, P)
+            positions = positions[visible]  # (B, V, D)
         return self.blocks(self.patch_embed(patches) + positions)
 
 
@@ -325,7 +375,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, cfg.dim))
         self.register_buffer("pos_embed", sincos_positions(math.prod(cfg.grid), cfg.dim))
         self.embed = nn.Linear(cfg.dim, cfg.decoder_dim)
-        sizes = cfg.decoder_dim, cfg.decoder_heads, cfg.decoder_qkv_bias
+        sizes = (cfg.decoder_dim, cfg.decoder_heads, cfg.decoder_qkv_bias)
         self.blocks = nn.Sequential(*[Block(*sizes) for _ in range(cfg.decoder_depth)])
         self.norm = nn.LayerNorm(cfg.decoder_dim, eps=1e-6)
         self.head = nn.Linear(cfg.decoder_dim, cfg.patch_values)
@@ -334,8 +384,13 @@ class Decoder(nn.Module):
         """Tokens (B, V, D), indices (B, V) and (B, M) -> predictions (B, M, P)."""
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
-        mask_tokens = self.embed(self.mask_token + positions)  # (N, D'), the same for all samples
-        mask_tokens = F.embedding(masked, mask_tokens)  # mask_tokens[masked], a faster backward
+
+        # A mask token differs from another only in its position: N of them serve all samples.
+        mask_tokens = self.embed(self.mask_token + positions)  # (N, D')
+        mask_tokens = F.embedding(
+            masked, mask_tokens
+        )  # (B, M, D'); a faster backward than [masked]
+
         x = torch.cat([x, mask_tokens], dim=1)  # (B, N, D')
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
         return self.head(self.norm(x))  # (B, M, P)
@@ -353,35 +408,45 @@ class OmniMAE(nn.Module):
         init_weights(self, nn.init.xavier_uniform_)
         nn.init.trunc_normal_(self.decoder.head.weight, std=0.02)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Predicts the masked patches. Returns the loss, the prediction and the bool mask (B, N).
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicts the masked patches. Returns the loss, the prediction and the mask.
 
-        x: (B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised. mask: bool (B, N), True = masked,
-        the same number in each row; or the visible patches' indices (B, V); by default random. The
-        prediction (B, M, P) is of normalised patches in raster order, values in (t, h, w, channel)
-        order. ValueError for other shapes.
+        x: (B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised. visible: the visible patches'
+        indices, int64 (B, V), from `visible_indices`; by default of a random mask. The prediction
+        (B, M, P) is of normalised patches in raster order, values in (t, h, w, channel) order. The
+        mask is bool (B, N), True = masked. ValueError for other shapes.
         """
         patches, grid = to_patches(x, self.cfg)  # (B, N, P)
-        if mask is None:
+        B, N, _ = patches.shape
+        if visible is None:
             _, ratio = self.cfg.masking("images" if grid[0] == 1 else "videos")
-            mask = random_mask(*patches.shape[:2], ratio)
-        visible, masked, mask = split_mask(mask.to(x.device), *patches.shape[:2])
+            visible = visible_indices(random_mask(B, N, ratio)).to(x.device)  # (B, V)
+        masked, mask = split_patches(visible, B, N)  # (B, M), (B, N)
+
         tokens = self.norm(self.encoder(patches, grid, visible))  # (B, V, D)
         pred = self.decoder(tokens, grid, visible, masked).float()  # (B, M, P)
-        target, _, _ = normalize_patches(to_pixels(take(patches, masked).float()))  # (B, M, P)
+        pixels = to_pixels(take(patches, masked).float())  # (B, M, P)
+        target, _, _ = normalize_patches(pixels)  # (B, M, P)
         return F.mse_loss(pred, target), pred, mask
 
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised -> tokens (B, N, D), after the final
+        LayerNorm. Nothing is masked. ValueError for other shapes."""
+        return self.norm(self.encoder(*to_patches(x, self.cfg)))
+
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """Fills in the masked patches. Returns pixels in [0, 1], (B, 3, T, H, W), T = 1 for images.
 
-        The model predicts normalised patches: the true patch's mean and standard deviation are put
-        back. An image is one frame repeated, so the frames of its prediction are averaged.
+        Arguments and errors are those of `forward`. The model predicts normalised patches: the true
+        patch's mean and standard deviation are put back. An image is one frame repeated, so the
+        frames of its prediction are averaged.
         """
-        _, pred, mask = self(x, mask)
+        _, pred, mask = self(x, visible)
         patches, grid = to_patches(x, self.cfg)
         pixels = to_pixels(patches.float())  # (B, N, P)
         _, mean, std = normalize_patches(pixels)  # (B, N, 1, 3)
+
         pred = pred.unflatten(2, (-1, 3)).flatten(0, 1)  # (B M, P/3, 3), ordered as pixels[mask]
         pixels[mask] = (pred * std[mask] + mean[mask]).flatten(1)  # (B M, P)
         video = unpatchify(pixels, self.cfg.patch_size, grid).clamp(0, 1)  # (B, 3, T, H, W)
@@ -413,10 +478,14 @@ def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Im
     """Draws original | what the encoder sees | reconstruction; of a clip, three rows of frames.
     x: one ImageNet-normalised image (3, H, W) or clip (3, T, H, W); mask: bool (N,)."""
     patches, grid = to_patches(x[None], model.cfg)
-    original = to_pixels(patches)  # (1, N, P)
-    seen = original.masked_fill(mask[None, :, None], 0.5)
-    panels = [unpatchify(p, model.cfg.patch_size, grid) for p in (original, seen)]
-    panels.append(model.reconstruct(x[None], mask[None]))  # (1, 3, T, H, W)
+    pixels = to_pixels(patches)  # (1, N, P)
+    seen = pixels.masked_fill(mask[None, :, None], 0.5)
+
+    panels = [
+        unpatchify(pixels, model.cfg.patch_size, grid),  # (1, 3, T, H, W)
+        unpatchify(seen, model.cfg.patch_size, grid),
+        model.reconstruct(x[None], visible_indices(mask[None])),
+    ]
     T = panels[-1].shape[2]  # 1 for an image: its patches repeat the frame
     frames = torch.cat([panel[0, :, :T].movedim(1, 0) for panel in panels])  # (3 T, 3, H, W)
     return to_pil_image(make_grid(frames.cpu(), nrow=max(3, T), pad_value=1.0))
@@ -427,42 +496,109 @@ def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Im
 
 _URL = "https://dl.fbaipublicfiles.com/omnivore/omnimae_ckpts/"
 CHECKPOINTS = {
-    f"vit_{size}_{kind}": f"{_URL}vit{size}_{file}.torch"
-    for size in "blh"
-    for kind, file in (("pretrain", "pretrain"), ("in1k", "in1k_ft"), ("ssv2", "ssv2_ft"))
+    "vit_b_pretrain": _URL + "vitb_pretrain.torch",
+    "vit_b_in1k": _URL + "vitb_in1k_ft.torch",
+    "vit_b_ssv2": _URL + "vitb_ssv2_ft.torch",
+    "vit_l_pretrain": _URL + "vitl_pretrain.torch",
+    "vit_l_in1k": _URL + "vitl_in1k_ft.torch",
+    "vit_l_ssv2": _URL + "vitl_ssv2_ft.torch",
+    "vit_h_pretrain": _URL + "vith_pretrain.torch",
+    "vit_h_in1k": _URL + "vith_in1k_ft.torch",
+    "vit_h_ssv2": _URL + "vith_ssv2_ft.torch",
 }
 
 
-@contextmanager
-def _naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
-    """Re-raises any error as a ValueError of one line that names the file."""
+def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
+    """Loads an OmniMAE or a Classifier, by what the file holds, in eval mode on the CPU.
+
+    `name` is a released checkpoint's ("vit_b_ssv2"), a URL, or the path of a released file or of
+    this project's. The weights are mapped from the file: it may be replaced, but not be written
+    into, while they are in use. UserError for what cannot be found, read or fitted.
+    """
+    file = read_checkpoint(name)
+    with _naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
+        state = convert_released(_weights_in(file))
+        state = {key: value.float() for key, value in state.items()}
+        if "config" in file:
+            cfg = OmniMAEConfig(**file["config"])
+        else:
+            sizes = {(cfg.dim, cfg.patch_values): cfg for cfg in MODELS.values()}
+            size = tuple(state["encoder.patch_embed.weight"].shape)  # (D, P)
+            cfg = replace(sizes[size], decoder_qkv_bias="decoder.blocks.0.attn.qkv.bias" in state)
+
+    with torch.device("meta"):  # build without allocating; load_state_dict(assign=True) fills it
+        if "decoder.mask_token" in state:
+            model = OmniMAE(cfg)
+        else:
+            model = Classifier(cfg, num_classes=len(state.get("head.bias", ())))
+            model.classes = file.get("classes")
     try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{path}: {what}: {reason}") from error
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # names the keys that are missing or left over
+        raise UserError(f"{name}: does not fit the model: {_one_line(error)}") from error
+    return model.eval()
 
 
-def read_checkpoint(name: str) -> dict:
+def read_checkpoint(name: str | os.PathLike) -> dict:
     """The content of a checkpoint: tensors and plain values. Code in a file is never run.
 
     `name` is a released checkpoint's or a URL, downloaded once to torch.hub's cache, or a path.
+    UserError names the file, and says why PyTorch cannot load it.
     """
-    url = CHECKPOINTS.get(name, name)
-    if "://" not in url and not os.path.isfile(url):
-        raise ValueError(f"{name}: no such file; released checkpoints: {', '.join(CHECKPOINTS)}")
+    url = CHECKPOINTS.get(str(name), str(name))
+    if "://" in url:
+        path = _download(url)
+        advice = f". If its download broke off, delete {path} and try again"
+    else:
+        path = url
+        advice = ""
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: no such file; released checkpoints: {', '.join(CHECKPOINTS)}")
+
     try:
-        if "://" not in url:
-            return dict(torch.load(url, map_location="cpu", weights_only=True))
-        file = url.split("?")[0].rsplit("/", 1)[-1]
-        if name not in CHECKPOINTS:  # files of other URLs may all be called last.pt
-            file = hashlib.sha256(url.encode()).hexdigest()[:16] + "_" + file
-        return dict(torch.hub.load_state_dict_from_url(
-            url, file_name=file, map_location="cpu", weights_only=True
-        ))  # fmt: skip
+        # A mapped file is read when and where it is used. (PyTorch's old format cannot be mapped.)
+        mmap = zipfile.is_zipfile(path)
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises many kinds
-        reason = "not a checkpoint: truncated, damaged, or with code in it"
-        raise ValueError(f"{name}: {error if isinstance(error, OSError) else reason}") from error
+        reason = _one_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "not a checkpoint, or with Python objects in it, which are never loaded"
+            objects = re.findall(r"GLOBAL (\S+) was not", str(error))
+            if objects:
+                reason = f"it holds Python objects ({objects[0]}), which are never loaded"
+        raise UserError(f"{name}: PyTorch cannot load it: {reason}{advice}") from error
+    if not isinstance(file, dict):
+        raise UserError(f"{name}: not a checkpoint: expected a dict, got a {type(file).__name__}")
+    return file
+
+
+def _download(url: str) -> str:
+    """Downloads a file to torch.hub's cache, unless it is there. Returns its path."""
+    file = url.split("?")[0].rsplit("/", 1)[-1]
+    if url not in CHECKPOINTS.values():  # files of other URLs may all be called last.pt
+        file = hashlib.sha256(url.encode()).hexdigest()[:16] + "_" + file
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    path = os.path.join(folder, file)
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        with _naming_errors(url, "cannot be downloaded"):
+            torch.hub.download_url_to_file(url, path)
+    return path
+
+
+def _weights_in(file: dict) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, without what DistributedDataParallel, torch.compile or an
+    averaged model put before its keys."""
+    for name in ("model", "state_dict", "model_state_dict"):
+        if isinstance(file.get(name), dict):
+            file = file[name]
+    state = {}
+    for key, value in file.items():
+        while key.startswith(("module.", "_orig_mod.")):
+            key = key.split(".", 1)[1]
+        if key != "n_averaged":  # counted by torch's AveragedModel
+            state[key] = value
+    return state
 
 
 def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -470,16 +606,25 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     what the released trainer saves, with the head under `heads.0.`. Other keys stay the same."""
     head = "decoder.head." if "trunk.mask_token" in state else "head."
     renames = {  # the first that fits is used
-        "trunk.mask_token": "decoder.mask_token", "trunk.pos_embed": "encoder.pos_embed",
-        "trunk.patch_embed.proj.1.": "encoder.patch_embed.", "trunk.blocks.": "encoder.blocks.",
-        "trunk.norm.": "norm.", "trunk.decoder.decoder_embed.": "decoder.embed.",
-        "trunk.decoder.decoder_blocks.": "decoder.blocks.", "trunk.decoder.": "decoder.",
-        "heads.0.projector.": head, "heads.0.0.": head, "heads.0.": head, "head.": head,
-    }  # fmt: skip
+        "trunk.mask_token": "decoder.mask_token",
+        "trunk.pos_embed": "encoder.pos_embed",
+        "trunk.patch_embed.proj.1.": "encoder.patch_embed.",
+        "trunk.blocks.": "encoder.blocks.",
+        "trunk.norm.": "norm.",
+        "trunk.decoder.decoder_embed.": "decoder.embed.",
+        "trunk.decoder.decoder_blocks.": "decoder.blocks.",
+        "trunk.decoder.": "decoder.",
+        "heads.0.projector.": head,  # from the released trainer, pretraining
+        "heads.0.0.": head,  # from the released trainer, SSv2
+        "heads.0.": head,  # from the released trainer, IN1k
+        "head.": head,
+    }
     converted = {}
     for key, value in state.items():
-        old, new = next((x for x in renames.items() if key.startswith(x[0])), ("", ""))
-        key = new + key.removeprefix(old)
+        for old, new in renames.items():
+            if key.startswith(old):
+                key = new + key.removeprefix(old)
+                break
         if key.endswith("pos_embed") and value.ndim == 3:
             value = value[0]  # (1, N, D) -> (N, D)
         if key == "encoder.patch_embed.weight" and value.ndim == 5:
@@ -488,163 +633,158 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
-    """Loads an OmniMAE or a Classifier, by what the file holds, in eval mode on the CPU. `name` is
-    a released checkpoint's ("vit_b_ssv2"), a URL, or the path of a released file or of this
-    project's. ValueError for what cannot be found, read or fitted."""
-    file = read_checkpoint(str(name))
-    with _naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
-        state = convert_released(file.get("model", file))
-        if "config" in file:
-            cfg = OmniMAEConfig(**file["config"])
-        else:
-            sizes = {(cfg.dim, cfg.patch_values): cfg for cfg in MODELS.values()}
-            size = tuple(state["encoder.patch_embed.weight"].shape)  # (D, P)
-            cfg = replace(sizes[size], decoder_qkv_bias="decoder.blocks.0.attn.qkv.bias" in state)
-        with torch.device("meta"):  # build without allocating; assign=True fills it
-            if "decoder.mask_token" in state:
-                model = OmniMAE(cfg)
-            else:
-                model = Classifier(cfg, num_classes=len(state.get("head.bias", ())))
-                model.classes = file.get("classes")
-        model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    return model.eval()
+def read_classes(path: str | os.PathLike) -> list[str]:
+    """The class names in a labels.json such as SSv2's, {"name": "0", ...}, in order of index.
+    UserError for any other file."""
+    with _naming_errors(path, "not a labels.json of names and their indices"):
+        index = json.loads(Path(path).read_bytes())  # as bytes: a byte-order mark is recognised
+        names = sorted(index, key=lambda name: int(index[name]))
+        if [int(index[name]) for name in names] != list(range(len(names))):
+            raise ValueError(f"the indices are not 0 to {len(names) - 1}")
+        return names
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def _naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
+    """Re-raises any error as a UserError of one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: {what}: {_one_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------
-# Media: data sets as people download them, images and clips
-
-CLIP_SECONDS = Fraction(2.7)  # of a clip; the float, as released, is not quite 27/10
-SUFFIXES = {
-    "images": (".jpeg", ".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"),
-    "videos": (".webm", ".mp4", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv"),
-}
-Listing = namedtuple("Listing", ["paths", "labels", "classes"])  # labels, classes: may be None
-
-
-def read_classes(path: str | os.PathLike) -> list[str]:
-    """The class names in a labels.json such as SSv2's, {"name": "0", ...}, in order of index."""
-    with _naming_errors(path, "not a labels.json"):
-        index = json.loads(Path(path).read_text())
-        return sorted(index, key=lambda name: int(index[name]))
-
-
-def has_validation(root: str | os.PathLike, kind: str) -> bool:
-    """Whether a data set comes with a validation split."""
-    ssv2 = kind == "videos" and (Path(root) / "labels" / "labels.json").exists()
-    return ssv2 or (Path(root) / "val").is_dir()
-
-
-def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> Listing:
-    """Lists the "images" or "videos" of a data set's "train" or "val" split, in a fixed order.
-
-    Layouts: ImageNet (train/<class>/*, val/<class>/*), SSv2 (labels/*.json and
-    20bn-something-something-v2/*.webm), any folder of class folders (none called train or val), a
-    flat folder without labels. Class folders are numbered in order. ValueError for anything else.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; expected a folder of {kind}")
-    if split == "val" and not has_validation(root, kind):
-        raise ValueError(f"{root}: no validation split; expected a folder val/ in it")
-    if kind == "videos" and (root / "labels" / "labels.json").exists():
-        return _list_ssv2(root, "train" if split == "train" else "validation")
-    root = root / split if (root / split).is_dir() else root
-
-    def media_in(folder: Path) -> list[str]:
-        names = (x for x in sorted(os.listdir(folder)) if x.lower().endswith(SUFFIXES[kind]))
-        return [os.path.join(folder, name) for name in names if not name.startswith(".")]
-
-    flat = media_in(root)
-    folders = sorted(x for x in root.iterdir() if x.is_dir() and not x.name.startswith("."))
-    classes = {folder.name: media_in(folder) for folder in folders}
-    empty = [name for name, paths in classes.items() if not paths]
-    if flat and len(empty) == len(classes):
-        return Listing(flat, None, None)
-    if flat or empty or not classes:
-        raise ValueError(
-            f"{root}: expected {kind} in it, or in every one of its class folders; found "
-            f"{len(flat)} in it, and none in these folders: {', '.join(empty[:5]) or '-'}"
-        )
-    labels = [label for label, paths in enumerate(classes.values()) for _ in paths]
-    return Listing([path for paths in classes.values() for path in paths], labels, list(classes))
-
-
-def _list_ssv2(root: Path, split: str) -> Listing:
-    folder, path = root / "20bn-something-something-v2", root / "labels" / f"{split}.json"
-    classes = read_classes(root / "labels" / "labels.json")
-    index = {name: i for i, name in enumerate(classes)}  # names are templates without brackets
-    with _naming_errors(path):
-        samples = json.loads(path.read_text())
-        labels = [index[x["template"].replace("[", "").replace("]", "")] for x in samples]
-        return Listing([f"{folder}/{x['id']}.webm" for x in samples], labels, classes)
+# Media: images, and the frames of a clip
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
-    """Reads an image, uint8 (3, H, W), always RGB; 16 bit is cut to 8, EXIF orientation ignored.
-    ValueError names a file that cannot be read."""
+    """Reads an image, uint8 (3, H, W), always RGB. Of 16-bit grey the high byte is kept. EXIF
+    orientation is ignored, as released. UserError names a file that cannot be read."""
     with _naming_errors(path), PIL.Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip
-            image = PIL.Image.fromarray((np.array(image) >> 8).clip(0, 255).astype(np.uint8))
+        # PIL opens some 16-bit files as 32-bit integers. Other integers and floats have no range
+        # that a file would tell, so they cannot be mapped to 8 bits without guessing.
+        if image.mode == "I" and image.format in ("PNG", "PPM") or image.mode.startswith("I;16"):
+            grey = (np.array(image) >> 8).astype(np.uint8)  # PIL itself would clip to 255
+            image = PIL.Image.fromarray(grey)
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode}: convert it to 8 or 16 bits a value")
         return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_clips(path: str | os.PathLike, starts: Sequence, num_frames: int) -> Tensor:
-    """Reads clips of 2.7 s, uint8 (clips, T, 3, H, W). Short videos repeat frames. `starts` are
+def read_clips(
+    path: str | os.PathLike, starts: Sequence, num_frames: int, clip_seconds: float = 2.7
+) -> Tensor:
+    """Reads clips of a video, uint8 (clips, T, 3, H, W). Short videos repeat frames. `starts` are
     fractions of the last possible start: training draws one, evaluation takes Fraction(i, 5).
-    ValueError names a file that cannot be read."""
+    UserError names a file that cannot be read."""
+    duration = Fraction(clip_seconds)  # the float, as released: 2.7 is not quite 27/10
     with _open_video(path) as (container, stream):
-        length = stream.duration
-        if length is None:  # as in .webm: up to the last frame's timestamp, without decoding
-            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-            length = max(times, default=0) - (stream.start_time or 0)
-        last_start = max(length * stream.time_base - CLIP_SECONDS, 0)
-        begins = [Fraction(fraction) * last_start for fraction in starts]  # in seconds
-        clips = [_read_window(container, stream, x, CLIP_SECONDS, num_frames) for x in begins]
+        last_start = max(_seconds_in(container, stream) - duration, 0)
+        clips = []
+        for fraction in starts:
+            start = Fraction(fraction) * last_start
+            clips.append(_read_window(container, stream, start, duration, num_frames))
         return torch.stack(clips)
 
 
 def read_clip(path: str | os.PathLike, start: float, duration: float, num_frames: int) -> Tensor:
     """Reads one clip, uint8 (T, 3, H, W), from `start` for `duration`, in seconds from the video's
-    first frame. ValueError names a file that cannot be read."""
+    first frame. UserError names a file that cannot be read."""
     with _open_video(path) as (container, stream):
         return _read_window(container, stream, Fraction(start), Fraction(duration), num_frames)
 
 
 @contextmanager
 def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
-    with _naming_errors(path), av.open(os.path.abspath(path)) as container:
-        if not container.streams.video:
+    """Opens a file, and chooses the video stream that FFmpeg would, which is not the cover art."""
+    with (
+        _naming_errors(path),
+        av.open(os.path.abspath(path), metadata_errors="ignore") as container,
+    ):
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
             raise ValueError("no video stream")
-        stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # the loader's workers already use all cores
         stream.codec_context.options = {"max_pixels": str(2**27)}  # broken files claim any size
         yield container, stream
 
 
+def _seconds_in(container, stream) -> Fraction:
+    """The duration of a video: what its stream says or, where that says nothing, as in .webm, the
+    time of the last frame. (Released rule: the container's duration may be of the sound.)"""
+    if stream.duration is not None:
+        return stream.duration * stream.time_base
+
+    # Packets are read without decoding: from the last keyframe, if the container knows about where
+    # that is, or else all.
+    offsets = [0]
+    if container.duration is not None:
+        end = Fraction(container.duration, av.time_base) / stream.time_base
+        offsets = [math.floor(end), 0]
+    for offset in offsets:
+        container.seek(offset, stream=stream)
+        times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+        if times:
+            return (max(times) - (stream.start_time or 0)) * stream.time_base
+    return Fraction(0)
+
+
 def _read_window(container, stream, start: Fraction, duration: Fraction, num_frames: int) -> Tensor:
-    """Decodes one clip: the frames with start <= time < start + duration, exactly as released, in
-    whole ticks: ceil(start / time_base) <= pts < ceil((start + duration) / time_base), from the
-    first pts. Of these n frames those at linspace(0, n - 1, num_frames), truncated, are kept."""
+    """Decodes one clip, uint8 (T, 3, H, W): the frames with start <= time < start + duration.
+
+    Exactly as released, this is counted in ticks of the stream from its first timestamp:
+    ceil(start / time_base) <= pts < ceil((start + duration) / time_base). Of these n frames, those
+    at linspace(0, n - 1, num_frames), truncated, are kept. Where there is none, as in recordings of
+    a screen that stands still, it is the frame on screen: the last one before the window.
+    """
     first_pts = stream.start_time or 0
     begin = first_pts + math.ceil(start / stream.time_base)
     end = first_pts + math.ceil((start + duration) / stream.time_base)
-    # to the keyframe before; where that lands too late, once more from the start of the file
+
+    # Seek to the keyframe before; where that lands too late, once more from the start of the file.
     for seek in ({"offset": begin, "stream": stream}, {"offset": 0}):
         container.seek(**seek)
-        frames, landed = [], math.inf
+        landed = math.inf
+        frames = []
+        on_screen = None
         for frame in container.decode(stream):
             landed = min(landed, frame.pts)
+            if begin <= frame.pts < end:
+                frames.append(frame)
+            elif frame.pts < begin or on_screen is None:  # later frames only before the first one
+                on_screen = frame
             if frame.pts >= end:
                 break
-            if frame.pts >= begin:
-                frames.append(frame)
         if landed <= begin:
             break
-    if not frames:
-        raise ValueError(f"no frame between {float(start):.2f} and {float(start + duration):.2f} s")
+    frames = frames or [on_screen]
+    if frames[0] is None:
+        raise ValueError("no frame in it")
+
     kept = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int)]
     to_rgb = VideoReformatter()  # one for all frames: making it costs more than using it
-    size = kept[0].width, kept[0].height
-    frames = [to_rgb.reformat(x, *size, "rgb24", threads=1).to_ndarray() for x in kept]
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # (T, H, W, 3) -> (T, 3, H, W)
+    width, height = kept[0].width, kept[0].height
+    pixels = [to_rgb.reformat(x, width, height, "rgb24", threads=1).to_ndarray() for x in kept]
+    clip = _upright(np.stack(pixels), kept[0])  # (T, H, W, 3)
+    return torch.from_numpy(clip).permute(0, 3, 1, 2)  # (T, 3, H, W)
+
+
+def _upright(clip: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turns and mirrors (T, H, W, 3) as the frame's display matrix says: phones film sideways."""
+    display_matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if display_matrix is None:
+        return clip
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y); offsets do not matter here.
+    a, b, _, c, d, *_ = np.frombuffer(display_matrix, np.int32).tolist()
+    if abs(b) > abs(a):  # x is shown as y
+        clip = clip.swapaxes(1, 2)
+        a, d = c, b
+    if a < 0:
+        clip = clip[:, :, ::-1]
+    if d < 0:
+        clip = clip[:, ::-1]
+    return np.ascontiguousarray(clip)

@@ -3,6 +3,9 @@
     torchrun train.py --model demo                                   minutes on a laptop's CPU
     torchrun --nproc_per_node=8 train.py --model vit_b --images /data/in1k --videos /data/ssv2
 
+Read from the top: the recipe, `main` with the training loop, then what `main` calls, in the order
+of its first use; last the options, which the other scripts share, and the demo data set.
+
 Random numbers are a function of (seed, epoch, file, view), the order of files of (seed, epoch). So
 a step's files, crops and masks depend neither on the number of processes, workers or micro-batches
 nor on a restart: with 1 or 2 CPU processes, a resumed run ends with an unbroken run's bits.
@@ -10,16 +13,18 @@ nor on a restart: with 1 or 2 CPU processes, a resumed run ends with an unbroken
 
 import argparse
 import functools
+import hashlib
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,28 +36,479 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision.transforms import v2
 
 import omnimae
+from omnimae import UserError, read_classes
+
+# The recipe: the released configuration for ViT-B, except where a line says otherwise. (The mask
+# ratios, and the frames and seconds of a clip, belong to a model: see `OmniMAEConfig`.)
+EPOCHS = 800  # the released checkpoints took 1600 (paper)
+BATCH_SIZE = 2048  # views in a step, over all processes
+LEARNING_RATE = 1.6e-3  # peak, for 2048 views; in proportion for other batches (this project)
+FIRST_LEARNING_RATE = 1e-6
+WARMUP = 0.05  # fraction of the steps in which the learning rate grows, linearly; then a cosine
+BETAS = (0.9, 0.95)  # of AdamW
+WEIGHT_DECAY = 0.05  # on matrices only, not on biases and LayerNorms
+VIDEO_VIEWS = 4  # a video is decoded once for 4 views, each with its own crop and mask
+IMAGE_CROP = (0.2, 1.0)  # fraction of the area
+VIDEO_CROP = (0.08, 1.0)
+IMAGE_FLIP = 0.5  # probability; videos are never flipped: SSv2's labels name directions
+
+# The demo model and the demo data set (this project)
+DEMO_EPOCHS = 12
+DEMO_BATCH_SIZE = 64
+DEMO_LEARNING_RATE = 6e-4  # peak, for 64 views; only of the demo model
+
+# Views that a device takes at once, unless --micro-batch says so. ViT-B needs 7 GB for 256 images
+# and 13 GB for 64 clips (H200); more are not faster. On a CPU 64 clips would need 22 GB.
+MICRO_BATCH = {"images": 256, "videos": 64}
+CPU_MICRO_BATCH = 16
+DEMO_MICRO_BATCH = 64
 
 KINDS = ("images", "videos")
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # let a step finish, then save and end the run
 
 # ------------------------------------------------------------------------------------------------
-# The learning rate. (The README says where each value of the recipe comes from.)
+# Pretraining
 
 
-def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=0.05) -> float:
-    """Linear from 1e-6 to `peak` over the first `warmup` of the steps, then a cosine to `end`."""
-    done = step / total
-    if done < warmup:
-        return 1e-6 + (peak - 1e-6) * done / warmup
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+def main(args: argparse.Namespace) -> None:
+    ranks = Ranks(args.device)  # this process among torchrun's
+    out = Path(args.out)
+
+    # The files to train on, and files to look at ten times a run: held-out ones if there are any.
+    roots, splits, paths, looks_at = {}, {}, {}, {}
+    for kind in KINDS:
+        if getattr(args, kind):
+            root = data_root(getattr(args, kind), kind, ranks)
+            listing = list_media(root, kind)
+            ranks.say(describe(listing, kind, root))
+            roots[kind] = root
+            splits[kind] = "val" if validation_split(root, kind) else "train"
+            paths[kind] = listing.paths
+            looks_at[kind] = list_media(root, kind, splits[kind]).paths
+
+    # The model. Every rank draws the same weights, from the same seed.
+    cfg = config_of(args, paths)
+    torch.manual_seed(args.seed)
+    if args.init:
+        model = ranks.first_then_others(load_init, args.init, cfg, args.clip_seconds)
+    else:
+        model = omnimae.OmniMAE(cfg)
+    parallel = prepare(model, args, ranks)  # the same weights, as all ranks train them together
+    autocast, scaler = precision(args.dtype, ranks.device, model.cfg)
+    matrices = [x for x in model.parameters() if x.ndim > 1]  # and the mask token
+    vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorms
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+
+    # The steps. Each takes a batch of one kind, of which a rank takes its share, in micro-batches
+    # of as many views as its device holds.
+    num_files = {kind: len(paths[kind]) for kind in paths}
+    num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of a file
+    micro_batches = cut_batch(args, num_files, num_views, MICRO_BATCH, model.cfg, ranks)
+    steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
+
+    # Continue where last.pt ends, if there is one.
+    recipe = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    recipe |= {name: getattr(model.cfg, name) for name in MODEL_OPTIONS}
+    recipe |= {"video_views": args.video_views, "init": fingerprint_of_start(args.init, model)}
+    recipe |= {kind: fingerprint_of_files(paths[kind], roots[kind]) for kind in paths}
+    states = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    first_step = resume(out, recipe, states, args.resume_anyway, ranks).get("step", 0)
+
+    log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {out}/")
+    dataset = Views(model.cfg, paths, args.seed)
+    looks = Views(model.cfg, looks_at, args.seed, centre_crop=True)
+    batch_sampler = steps.pieces(first_step, micro_batches, ranks)
+    ready = 2 * max(micro_batch.pieces for micro_batch in micro_batches.values())
+    pieces = iter(make_loader(dataset, args, ranks, batch_sampler, ready))
+    saved = time.monotonic()
+
+    for step in range(first_step, steps.total):
+        kind, _, _ = steps.at(step)
+        lr = learning_rate(step, steps.total, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # Forward and backward. The gradients of the micro-batches add up. DDP averages them over
+        # the ranks once a step, with the last one.
+        accumulate = micro_batches[kind].in_step
+        mean_loss = torch.zeros((), device=ranks.device)
+        for i in range(accumulate):
+            with log.waiting():
+                pixels, visible = join_pieces(pieces, micro_batches[kind].pieces, ranks.device)
+            x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W), from uint8
+            parallel.require_backward_grad_sync = i == accumulate - 1  # without DDP, of no effect
+            with autocast:
+                loss, _, _ = parallel(x, visible)  # visible: the indices of visible patches (B, V)
+            scaler.scale(loss / accumulate).backward()
+            mean_loss += loss.detach() / accumulate
+
+        # The update. (To clip gradients: scaler.unscale_(optimizer), then clip_grad_norm_, here.)
+        scaler.step(optimizer)  # without float16, just optimizer.step()
+        scaler.update()
+        optimizer.zero_grad()
+
+        # From here on, `done` steps are done.
+        done = step + 1
+        is_last = done == steps.total
+        if done == 1 or done % args.log_every == 0 or is_last:
+            log.report(done, kind, mean_loss, lr, scaler)
+
+        # Rank 0 decides on its own when to save. Look after saving: it must not cost a checkpoint.
+        look_now = done % math.ceil(steps.total / 10) == 0 or is_last
+        save_now = look_now or time.monotonic() - saved > 60 * args.save_minutes
+        if save_now and ranks.rank == 0:
+            save(out / "last.pt", done, recipe, states)
+            saved = time.monotonic()
+        if look_now and ranks.rank == 0:
+            look(model, looks, splits, out, done, log, autocast)
+            log.begin_interval(done)  # looking does not count in views/s
+
+    ranks.close()
+    ranks.say(f"done: {out}/last.pt; reconstructions in {out}/pictures/. Next:")
+    for kind in paths:
+        ranks.say(f"torchrun finetune.py --checkpoint {out}/last.pt --{kind} {getattr(args, kind)}")
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: which files a step takes, and the views that are cut from them
+# This process and the others
+
+
+class Ranks:
+    """This process among those that torchrun started. Without torchrun there is rank 0 only."""
+
+    def __init__(self, device: str | None):
+        check_launch()
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # What `sum` sums. It lives as long as the process group: if gloo's thread dropped the last
+        # reference to a tensor, it would wait for Python's lock, and a fork or exit could hang.
+        self.numbers = torch.zeros(4, dtype=torch.float64)
+
+        if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(f"no GPU for process {self.local_rank}: give --device cpu")
+            torch.cuda.set_device(self.local_rank)
+        if self.world > 1:
+            store, _, _ = next(dist.rendezvous("env://"))
+            if self.world == int(os.environ["LOCAL_WORLD_SIZE"]):
+                # On one machine, torchrun restarts with the same store. Under a prefix of its own,
+                # a restarted run does not meet the addresses of the one before.
+                restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"restart {restarts}", store)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+
+    def say(self, text: str) -> None:
+        """Prints on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums up to four numbers over all ranks, on the host: no GPU sync. A call waits until all
+        ranks have made it."""
+        self.numbers[: len(values)] = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(self.numbers)
+        return self.numbers[: len(values)].tolist()
+
+    def first_then_others(self, get, *args):
+        """Calls `get` on the first rank of each machine, then on the others: it may write files."""
+        if self.local_rank == 0:
+            result = get(*args)
+        self.sum(0)  # the others wait here
+        if self.local_rank != 0:
+            result = get(*args)
+        return result
+
+    def close(self) -> None:
+        """Waits for all ranks, rank 0 with its last save among them, and ends the process group."""
+        self.sum(0)
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def check_launch() -> None:
+    """UserError for the tasks of a cluster's job that do not know of each other: each would be a
+    run of its own, in the same folder."""
+    tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE")
+    if "SLURM_PROCID" in os.environ:  # srun; a shell of salloc has only the other
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS")
+    if "RANK" not in os.environ and int(tasks or 1) > 1:
+        raise UserError(
+            f"this is one of {tasks} tasks that do not know of each other: start one torchrun on "
+            "each machine, which starts the processes (Slurm: --ntasks-per-node=1, srun torchrun)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# The files of a data set, as people download it
+
+Listing = namedtuple("Listing", ["paths", "labels", "classes"])  # labels, classes: may be None
+
+# What Pillow and FFmpeg read, as the end of a file name.
+SUFFIXES = {
+    "images": tuple(
+        ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga "
+        ".tif .tiff .webp".split()
+    ),
+    "videos": tuple(
+        ".3g2 .3gp .asf .avi .divx .f4v .flv .m2ts .m4v .mkv .mov .mp4 .mpe .mpeg .mpg .mts .mxf "
+        ".ogm .ogv .qt .ts .vob .webm .wmv".split()
+    ),
+}
+
+
+def data_root(name: str, kind: str, ranks: Ranks) -> str:
+    """A data set's folder; for "demo" the demo's, written on first use."""
+    if name != "demo":
+        return name
+    ranks.first_then_others(write_demo_data, "demo_data")
+    return f"demo_data/{kind}"
+
+
+def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> Listing:
+    """Lists the "images" or "videos" of a data set's "train" or "val" split, in a fixed order.
+
+    Layouts: ImageNet (train/<class>/*, val/<class>/*), SSv2 (labels/*.json and
+    20bn-something-something-v2/*), any folder of class folders, a flat folder without labels. Class
+    folders are numbered in order. UserError for anything else.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; expected a folder of {kind}")
+    held_out = validation_split(root, kind)
+    if split == "val" and held_out is None:
+        raise UserError(f"{root}: no validation split; expected a folder val/ in it")
+    if is_ssv2(root, kind):
+        return list_ssv2(root, "train" if split == "train" else held_out)
+    if split == "val":
+        return list_folder(root / held_out, kind)
+    return list_folder(root / "train" if (root / "train").is_dir() else root, kind)
+
+
+def validation_split(root: str | os.PathLike, kind: str) -> str | None:
+    """What a data set calls the files that it holds out, or None. A folder of another name than
+    val/ counts only beside train/: else it may be a class."""
+    root = Path(root)
+    if is_ssv2(root, kind):
+        return "validation"
+    names = ["val"]
+    if (root / "train").is_dir():
+        names += ["valid", "validation", "test"]
+    return next((name for name in names if (root / name).is_dir()), None)
+
+
+def is_ssv2(root: Path, kind: str) -> bool:
+    """Whether a folder has SSv2's lists. UserError for those of its first release."""
+    labels = root / "labels"
+    if kind != "videos" or not labels.is_dir():
+        return False
+    other = sorted(path.name for path in labels.glob("*labels.json"))
+    if other and not (labels / "labels.json").exists():
+        raise UserError(
+            f"{labels}: expected labels/labels.json, train.json and validation.json, as SSv2 is "
+            f"released now; found {other[0]}. Give the three files these names"
+        )
+    return (labels / "labels.json").exists()
+
+
+def list_ssv2(root: Path, split: str) -> Listing:
+    """SSv2's files: "train" or "validation". They may have been converted, say to .mp4."""
+    classes = read_classes(root / "labels" / "labels.json")
+    index = {name: i for i, name in enumerate(classes)}  # names are templates without brackets
+    folder = root / "20bn-something-something-v2"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected SSv2's videos in it")
+    file_names = {os.path.splitext(name)[0]: name for name in os.listdir(folder)}
+
+    path = root / "labels" / f"{split}.json"
+    paths, labels = [], []
+    with omnimae._naming_errors(path):
+        for sample in json.loads(path.read_bytes()):
+            name = file_names.get(sample["id"], f"{sample['id']}.webm")
+            paths.append(f"{folder}/{name}")
+            labels.append(index[sample["template"].replace("[", "").replace("]", "")])
+    return Listing(paths, labels, classes)
+
+
+def list_folder(folder: Path, kind: str) -> Listing:
+    """The files in a flat folder, or in its class folders."""
+    flat = media_in(folder, kind)
+    classes = {}
+    for name in sorted(os.listdir(folder)):
+        if (folder / name).is_dir() and not name.startswith("."):
+            classes[name] = media_in(folder / name, kind)
+
+    empty = [name for name, paths in classes.items() if not paths]
+    if flat and len(empty) == len(classes):
+        return Listing(flat, None, None)
+    if flat or empty or not classes:
+        skipped = count_skipped([folder, *(folder / name for name in empty)], kind)
+        raise UserError(
+            f"{folder}: expected {kind} in it, or in every one of its class folders; found "
+            f"{len(flat)} in it, and none in these folders: {', '.join(empty[:5]) or '-'}{skipped}"
+        )
+    paths = [path for name in classes for path in classes[name]]
+    labels = [label for label, name in enumerate(classes) for _ in classes[name]]
+    return Listing(paths, labels, list(classes))
+
+
+def media_in(folder: Path, kind: str) -> list[str]:
+    names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    return [os.path.join(folder, name) for name in names if name.lower().endswith(SUFFIXES[kind])]
+
+
+def count_skipped(folders: list, kind: str) -> str:
+    """Says how many files in some folders are skipped, because their suffix is not of a kind."""
+    suffixes = Counter()
+    for folder in folders:
+        for entry in os.scandir(folder):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix not in SUFFIXES[kind] and not entry.name.startswith(".") and entry.is_file():
+                suffixes[suffix or "no suffix"] += 1
+    if not suffixes:
+        return ""
+    common = ", ".join(f"{suffix} {num:,}" for suffix, num in suffixes.most_common(5))
+    return f"; {suffixes.total():,} other files are skipped ({common})"
+
+
+def describe(listing: Listing, kind: str, root: str) -> str:
+    """Says how many files of which classes were found in a folder, and how many were skipped."""
+    text = f"{root}: {len(listing.paths):,} {kind}"
+    if listing.classes:
+        num = np.bincount(listing.labels, minlength=len(listing.classes))
+        text += f" of {len(num):,} classes, {listing.classes[0]!r} to {listing.classes[-1]!r},"
+        text += f" with {num.min():,} to {num.max():,} each"
+    return text + count_skipped({os.path.dirname(path) for path in listing.paths}, kind)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model, its precision, and the sizes of micro-batches
+
+MODEL_OPTIONS = ("image_mask_ratio", "video_mask_ratio", "clip_seconds")  # of `OmniMAEConfig`
+
+
+def config_of(args: argparse.Namespace, kinds) -> omnimae.OmniMAEConfig:
+    """The sizes of --model with the options given. UserError for a ratio that masks none or all."""
+    given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
+    cfg = replace(omnimae.MODELS[args.model], **given)
+    for kind in kinds:
+        omnimae.random_mask(1, *cfg.masking(kind))
+    return cfg
+
+
+def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None) -> omnimae.OmniMAE:
+    """The model to start from, with the run's mask ratios. It keeps its seconds of a clip, unless
+    others are given. UserError for a model of another size, or one without a decoder."""
+    model = omnimae.load_checkpoint(name).train()
+    cfg = replace(
+        cfg,
+        clip_seconds=clip_seconds or model.cfg.clip_seconds,
+        decoder_qkv_bias=model.cfg.decoder_qkv_bias,
+    )
+    given = {option: getattr(cfg, option) for option in MODEL_OPTIONS}
+    if not isinstance(model, omnimae.OmniMAE) or replace(model.cfg, **given) != cfg:
+        raise UserError(f"{name}: expected a pretraining checkpoint of the size of --model")
+    model.cfg = cfg
+    return model
+
+
+def prepare(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Module:
+    """The model as all ranks train it together, on the device. It shares the model's weights."""
+    model.to(ranks.device)
+    if args.checkpoint_activations:  # compute a block's activations again in the backward pass
+        for block in model.modules():
+            if isinstance(block, omnimae.Block):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
+        model.compile(dynamic=False)  # once for images and once for videos
+    if ranks.world > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they are constant; as an argument it is deprecated
+    return model
+
+
+def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfig) -> tuple:
+    """Autocast and gradient scaler. The default is bfloat16, or float16 on GPUs without it; float32
+    for the demo model, and on CPUs without AVX-512, on which bfloat16 is many times slower."""
+    is_slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    if dtype is None:
+        if is_slow or cfg.dim < 256:
+            dtype = "float32"
+        elif device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            dtype = "float16"
+        else:
+            dtype = "bfloat16"
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
+# How many micro-batches a rank has in a step, how many pieces of the loader make up one, and how
+# many files are in a piece.
+MicroBatch = namedtuple("MicroBatch", ["in_step", "pieces", "piece_files"])
+
+
+def cut_batch(
+    args: argparse.Namespace, num_files: dict, num_views: dict, limits: dict, cfg, ranks: Ranks
+) -> dict[str, MicroBatch]:
+    """How a rank's share of a step is cut into micro-batches, and these into pieces, by kind.
+
+    A micro-batch has --micro-batch views or, of those up to the limit, the largest number that
+    divides the share. UserError for a batch that does not divide, or is larger than a data set.
+    """
+    check_batch(args, num_files, num_views, ranks.world)
+    micro_batches = {}
+    for kind in num_files:
+        limit = limits[kind]
+        if cfg.dim < 256:
+            limit = DEMO_MICRO_BATCH
+        elif ranks.device.type == "cpu":
+            limit = min(limit, CPU_MICRO_BATCH)
+        views = num_views[kind]  # of a file
+        share = args.batch_size // ranks.world // views  # files of a rank in a step
+        if args.micro_batch:
+            files = args.micro_batch // views
+        else:
+            files = max(x for x in range(1, max(1, limit // views) + 1) if share % x == 0)
+
+        # Workers take turns, so one with much to read would hold up the others: 32 images or one
+        # video take about 70 ms. The demo's files are so small that handing them over counts more.
+        piece_files = math.gcd(32, files) if kind == "images" else 1
+        if cfg.dim < 256:
+            piece_files = files
+        micro_batches[kind] = MicroBatch(share // files, files // piece_files, piece_files)
+    return micro_batches
+
+
+def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, world: int) -> None:
+    """UserError for a --batch-size that does not fit, which names the largest one that does."""
+    unit = world  # what the batch must be a multiple of
+    for views in num_views.values():
+        if args.micro_batch and args.micro_batch % views:
+            raise UserError(f"--micro-batch {args.micro_batch} must be a multiple of {views} views")
+        unit = math.lcm(unit, world * (args.micro_batch or views))
+    at_most = min(num_files[kind] * num_views[kind] for kind in num_files)
+    if args.batch_size % unit == 0 and args.batch_size <= at_most:
+        return
+
+    found = " and ".join(f"{num:,} {kind}" for kind, num in num_files.items())
+    largest = min(args.batch_size, at_most) // unit * unit
+    raise UserError(
+        f"--batch-size {args.batch_size} does not fit: expected a multiple of {unit} (processes x "
+        f"views at once), and at most {at_most} for {found}; "
+        + (f"the largest that fits is {largest}" if largest else "none fits")
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The steps: which kind and which files, when
 
 Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how many of this file
 
@@ -61,42 +517,267 @@ class Steps:
     """The steps of a run. Each takes one batch of views, all of images or all of videos. In an
     epoch a kind gets as many views as it has files: a quarter of the videos, with 4 views each."""
 
-    def __init__(self, num_files: dict, num_views: dict, args: argparse.Namespace, run: "Run"):
-        self.num_files, self.num_views = num_files, num_views  # both by kind; views of one file
-        self.batch, self.seed, self.rank = args.batch_size, args.seed, run.rank
-        most = 16 if run.device.type == "cpu" and args.model != "demo" else 64  # views
-        self.micro = args.micro_batch or min(max(1, self.batch // run.world), most)
-        self.accumulate = self.batch // run.world // self.micro  # micro-batches of a rank in a step
-        for kind, num in num_files.items():
-            unit, views = f"--micro-batch {self.micro} x {run.world} processes", num_views[kind]
-            if self.batch % (run.world * self.micro):
-                raise ValueError(f"--batch-size {self.batch} must be a multiple of {unit}")
-            if self.micro % views:
-                raise ValueError(f"--micro-batch {self.micro} must be a multiple of {views} views")
-            if num * views < self.batch:
-                raise ValueError(f"--batch-size {self.batch} is too large for {num} {kind}")
-        self.per_epoch = sum(max(1, num // self.batch) for num in num_files.values())
-        self.total = args.epochs * self.per_epoch
+    def __init__(self, num_files: dict, num_views: dict, batch_size: int, epochs: int, seed: int):
+        self.num_files = num_files  # by kind
+        self.num_views = num_views  # of a file, by kind
+        self.batch_size = batch_size
+        self.seed = seed
+        self.in_epoch = {kind: max(1, num // batch_size) for kind, num in num_files.items()}
+        self.per_epoch = sum(self.in_epoch.values())
+        self.total = epochs * self.per_epoch
 
-    def of_epoch(self, epoch: int) -> list[list[Sample]]:
-        """The samples of each step of an epoch, over all ranks: files and steps are shuffled."""
+    @functools.lru_cache(maxsize=2)  # the loader is a few steps ahead of the loop
+    def of_epoch(self, epoch: int) -> list[tuple[str, np.ndarray]]:
+        """The kind and the files' indices of each step of an epoch. Files and steps are shuffled:
+        kinds take turns in random order, the same on every rank."""
         steps = []
         for kind, num in self.num_files.items():
             rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
-            files, views = rng.permutation(num).tolist(), self.num_views[kind]
-            size = self.batch // views  # files in a step
-            for start in range(0, size * max(1, num // self.batch), size):
-                steps.append([Sample(kind, epoch, x, views) for x in files[start : start + size]])
+            files = rng.permutation(num)
+            size = self.batch_size // self.num_views[kind]  # files in a step
+            for i in range(self.in_epoch[kind]):
+                steps.append((kind, files[i * size : (i + 1) * size]))
         rng = np.random.default_rng((self.seed, epoch, 0))
         return [steps[i] for i in rng.permutation(len(steps))]
 
-    def micro_batches(self, first_step: int) -> Iterator[list[Sample]]:
-        """What this rank loads from `first_step` on, for a DataLoader's `batch_sampler`."""
-        for epoch in range(first_step // self.per_epoch, self.total // self.per_epoch):
-            for samples in self.of_epoch(epoch)[max(0, first_step - epoch * self.per_epoch) :]:
-                size = self.micro // samples[0].views  # files in a micro-batch
-                for i in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
-                    yield samples[i * size : (i + 1) * size]
+    def at(self, step: int) -> tuple[str, int, np.ndarray]:
+        """A step's kind, epoch, and the indices of its files, over all ranks."""
+        epoch, i = divmod(step, self.per_epoch)
+        kind, files = self.of_epoch(epoch)[i]
+        return kind, epoch, files
+
+    def pieces(self, first_step: int, micro_batches: dict, ranks: Ranks) -> Iterator[list[Sample]]:
+        """What this rank's loader reads, a piece at a time: the rank's share of each step."""
+        for step in range(first_step, self.total):
+            kind, epoch, files = self.at(step)
+            share = files.reshape(ranks.world, -1)[ranks.rank]
+            for piece in share.reshape(-1, micro_batches[kind].piece_files).tolist():
+                yield [Sample(kind, epoch, index, self.num_views[kind]) for index in piece]
+
+
+# ------------------------------------------------------------------------------------------------
+# A run's folder: last.pt and log.jsonl, which rank 0 writes
+
+
+def fingerprint(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def fingerprint_of_files(paths: list[str], root: str) -> str:
+    """Tells data sets apart by the names of their files."""
+    names = "\n".join(os.fspath(path).removeprefix(str(root)) for path in paths)
+    return f"{len(paths)} files, names {fingerprint(os.fsencode(names))}"
+
+
+def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
+    """Tells checkpoints of one name apart, by their step and by a few of each tensor's weights."""
+    if name is None:
+        return None
+    step = omnimae.read_checkpoint(name).get("step", "unknown")
+    some = [x.detach().flatten()[:16].cpu().numpy().tobytes() for x in model.parameters()]
+    return f"{name}, step {step}, weights {fingerprint(b''.join(some))}"
+
+
+def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) -> dict:
+    """Continues from the folder's last.pt, if there is one, and returns its content.
+
+    `states` are the model, the optimizer and the scaler, which take over what the file holds.
+    UserError if the run in the folder had another recipe, unless `anyway`.
+    """
+    path = out / "last.pt"
+    out.mkdir(parents=True, exist_ok=True)
+    file = omnimae.read_checkpoint(path) if path.exists() else {}
+    step = file.get("step", 0)
+    if ranks.sum(step)[0] != step * ranks.world:
+        raise UserError(f"not all machines see the same {path}: --out must be a shared folder")
+    if not file:
+        return file
+
+    # The recipe must be the same, or what changes is named.
+    old = file.get("recipe", {})
+    changed = [name for name in {**old, **recipe} if old.get(name) != recipe.get(name)]
+    changes = ", ".join(f"{name} {old.get(name)} -> {recipe.get(name)}" for name in changed)
+    if changed and not anyway:
+        raise UserError(
+            f"{path} is of a run with another recipe: {changes}. Give another --out, or continue "
+            "it with the new values: --resume-anyway"
+        )
+
+    # An optimizer's state holds its options as well: the new ones stay.
+    optimizer = states["optimizer"]
+    new_options = [dict(group) for group in optimizer.param_groups]
+    try:
+        states["model"].load_state_dict(file["model"])
+        optimizer.load_state_dict(file["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this run: {omnimae._one_line(error)}") from error
+    for group, options in zip(optimizer.param_groups, new_options):
+        group.update({name: value for name, value in options.items() if name != "params"})
+    if file["scaler"]:  # empty where the scaler was off
+        states["scaler"].load_state_dict(file["scaler"])
+
+    ranks.say(f"resuming {out} after step {step}" + (f" with {changes}" if changed else ""))
+    return file
+
+
+def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
+    """Saves a checkpoint atomically: a killed run leaves the old file or the new one. UserError if
+    a weight is not finite; OSError, with the old file in place, if the disk is full."""
+    model = states["model"]
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise UserError(
+            f"the weights of step {step} are not finite, and not saved: try a lower --lr"
+        )
+
+    content = {name: state.state_dict() for name, state in states.items()}
+    content |= {"config": asdict(model.cfg), "recipe": recipe, "step": step, **more}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # PyTorch closes its archive on the way out, and what this raises hides the first error.
+        while error is not None and not isinstance(error, OSError):
+            error = error.__context__
+        if error is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+class Log:
+    """The lines that a run prints and those in log.jsonl, both from rank 0, with its speed."""
+
+    def __init__(self, out: Path, recipe: dict, batch_size, first_step, total_steps, ranks: Ranks):
+        self.path = out / "log.jsonl"
+        self.batch_size = batch_size
+        self.first_step = first_step
+        self.total_steps = total_steps
+        self.ranks = ranks
+        self.began = time.monotonic()
+        # Speed is measured from one line to the next.
+        self.interval_began = time.monotonic()
+        self.interval_step = first_step
+        self.waited = 0.0  # for data, in seconds
+
+        options = ", ".join(f"{name} {value}" for name, value in recipe.items())
+        ranks.say(textwrap.fill(f"recipe: {options}", 80, subsequent_indent="  "))
+        self.write(first_step, recipe=recipe)
+
+    def write(self, step: int, **line) -> None:
+        """Adds a line to log.jsonl. Steps after a resumed run's last save are logged again."""
+        if self.ranks.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step} | line) + "\n")
+
+    def say(self, text: str, step: int, **line) -> None:
+        """Prints a step's text, and adds `line` to log.jsonl."""
+        self.ranks.say(f"step {step:6d}  {text}")
+        self.write(step, **line)
+
+    def begin_interval(self, step: int) -> None:
+        self.interval_began = time.monotonic()
+        self.interval_step = step
+        self.waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time in its block as waiting for data."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def report(self, step: int, label: str, loss: Tensor, lr: float, scaler) -> None:
+        """Logs a step: its loss over all ranks, and the speed since the last line. UserError if the
+        loss is not finite, except in float16 while the scaler still skips such steps."""
+        loss = self.ranks.sum(loss.item())[0] / self.ranks.world  # a GPU sync
+        skipped = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not math.isfinite(loss) and not skipped:
+            raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
+
+        now = time.monotonic()
+        seconds = now - self.interval_began
+        views_per_second = (step - self.interval_step) * self.batch_size / seconds
+        wait = self.waited / seconds
+        pace = (now - self.began) / (
+            step - self.first_step
+        )  # seconds a step, with all that is done
+        left = time_left(pace * (self.total_steps - step))
+        self.say(
+            f"{label}  loss {loss:.3f}  lr {lr:.1e}  {views_per_second:.0f} views/s  "
+            f"wait {wait:.0%}  {left} left",
+            step,
+            label=label,
+            loss=loss if math.isfinite(loss) else None,
+            lr=lr,
+            views_per_second=views_per_second,
+            wait=wait,
+            gpu_memory_bytes=torch.cuda.max_memory_allocated(),
+        )
+        self.begin_interval(step)
+
+
+def time_left(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.0f} h"
+
+
+# ------------------------------------------------------------------------------------------------
+# Views: the random crops of a file that a step trains on
+
+
+class Views(Dataset):
+    """Views of files, each with a random mask: random crops, or centre crops for `look`."""
+
+    def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, centre_crop=False):
+        self.cfg = cfg
+        self.seed = seed
+        # arrays: the reference counts of a list would make each worker copy its million strings
+        self.paths = {kind: np.array([os.fsencode(x) for x in paths[kind]]) for kind in paths}
+
+        size = cfg.image_size
+        bicubic = v2.InterpolationMode.BICUBIC
+        image_crop = v2.RandomResizedCrop(size, IMAGE_CROP, interpolation=bicubic)
+        video_crop = v2.RandomResizedCrop(size, VIDEO_CROP)  # bilinear
+        self.crops = {
+            "images": v2.Compose([image_crop, v2.RandomHorizontalFlip(IMAGE_FLIP)]),
+            "videos": video_crop,
+        }
+        if centre_crop:
+            self.crops = dict.fromkeys(KINDS, v2.Compose([v2.Resize(size), v2.CenterCrop(size)]))
+
+    def read(self, sample: Sample) -> tuple[Tensor, int]:
+        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
+        unreadable file, and reads a random one instead. UserError after twenty."""
+        kind, epoch, index, _ = sample
+        for attempt in range(20):
+            # The key's fifth number is 0 here and 1 + view in __getitem__.
+            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
+            if attempt > 0:
+                index = int(torch.randint(len(self.paths[kind]), ()))
+            path = os.fsdecode(self.paths[kind][index])
+            try:
+                if kind == "images":
+                    return omnimae.read_image(path), index
+                start = torch.rand(1).tolist()
+                clips = omnimae.read_clips(path, start, self.cfg.num_frames, self.cfg.clip_seconds)
+                return clips[0], index
+            except UserError as error:
+                print(error, file=sys.stderr, flush=True)
+        raise UserError(f"20 {kind} in a row could not be read: see the messages above")
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 (views, 3, [T,] H, W), and the indices of visible patches (views, V)."""
+        media, _ = self.read(sample)
+        N, ratio = self.cfg.masking(sample.kind)
+        pixels, visible = [], []
+        for view in range(sample.views):
+            seed_all(self.seed, sample.epoch, sample.index, KINDS.index(sample.kind), 1 + view)
+            pixels.append(self.crops[sample.kind](media).movedim(-3, 0))  # (3, [T,] H, W)
+            visible.append(omnimae.visible_indices(omnimae.random_mask(1, N, ratio))[0])
+        return torch.stack(pixels), torch.stack(visible)
 
 
 def seed_all(*key: int) -> None:
@@ -107,375 +788,258 @@ def seed_all(*key: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-class Views(Dataset):
-    """Views of files, each with a random mask: random crops, or centre crops for `look`."""
+def make_loader(
+    dataset, args, ranks: Ranks, batch_sampler, ready: int, collate_fn=default_collate
+) -> DataLoader:
+    """Reads what `batch_sampler` lists, in its order, in worker processes, of which each has at
+    least two pieces under way, and all together `ready`."""
 
-    def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, centre_crop=False):
-        self.cfg, self.seed, size = cfg, seed, cfg.image_size
-        # arrays: the reference counts of a list would make each worker copy its million strings
-        self.paths = {kind: np.array([os.fsencode(x) for x in paths[kind]]) for kind in paths}
-        image = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-        video = v2.RandomResizedCrop(size, (0.08, 1.0))  # bilinear; no flip: directions matter
-        self.crops = {"images": v2.Compose([image, v2.RandomHorizontalFlip(0.5)]), "videos": video}
-        if centre_crop:
-            self.crops = dict.fromkeys(KINDS, v2.Compose([v2.Resize(size), v2.CenterCrop(size)]))
+    def collate(samples: list):
+        return share_memory(collate_fn(samples))
 
-    def read(self, sample: Sample) -> tuple[Tensor, int]:
-        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
-        unreadable file, and reads a random one instead. ValueError after twenty."""
-        kind, epoch, index, _ = sample
-        for attempt in range(20):  # fifth key: 0 here, 1 + view in __getitem__
-            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
-            if attempt > 0:
-                index = int(torch.randint(len(self.paths[kind]), ()))
-            path = os.fsdecode(self.paths[kind][index])
-            try:
-                if kind == "images":
-                    return omnimae.read_image(path), index
-                starts = torch.rand(1).tolist()
-                return omnimae.read_clips(path, starts, self.cfg.num_frames)[0], index
-            except ValueError as error:
-                print(error, file=sys.stderr, flush=True)
-        raise ValueError(f"20 {kind} in a row could not be read: see the messages above")
+    def ignore_interrupts(_):  # Ctrl-C reaches every process; the main one ends its workers
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 (views, 3, [T,] H, W), and the indices of visible patches (views, V)."""
-        pixels, visible = [], []
-        media, _ = self.read(sample)
-        for view in range(sample.views):
-            seed_all(self.seed, sample.epoch, sample.index, KINDS.index(sample.kind), 1 + view)
-            pixels.append(self.crops[sample.kind](media).movedim(-3, 0))  # (3, [T,] H, W)
-            mask = omnimae.random_mask(1, *self.cfg.masking(sample.kind))
-            visible.append((~mask[0]).nonzero()[:, 0])
-        return torch.stack(pixels), torch.stack(visible)
-
-
-def make_loader(dataset, run: "Run", **options) -> DataLoader:
-    time.sleep(0.1)  # let gloo finish: a fork during a collective can deadlock (Python 3.11)
+    options = {}
+    if args.workers:
+        options["multiprocessing_context"] = "fork"
+        options["persistent_workers"] = True
+        options["prefetch_factor"] = max(2, math.ceil(ready / args.workers))
     return DataLoader(
-        dataset, num_workers=run.workers, pin_memory=run.device.type == "cuda", **options,
-        multiprocessing_context="fork" if run.workers else None, persistent_workers=run.workers > 0,
-        worker_init_fn=lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
-    )  # fmt: skip
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate,
+        num_workers=args.workers,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=ranks.device.type == "cuda",
+        **options,
+    )
+
+
+def share_memory(batch):
+    """In a worker, moves a batch's tensors to shared memory. PyTorch would do it later, in a thread
+    whose errors are lost: without room in /dev/shm, the main process would wait for ever."""
+    if get_worker_info() is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.share_memory_()
+    return [share_memory(x) for x in batch] if isinstance(batch, list | tuple) else batch
+
+
+def join_pieces(pieces: Iterator, num: int, device: torch.device) -> list[Tensor]:
+    """A micro-batch from the loader's next pieces: what the dataset returns, as tensors (B, ...).
+    They are joined on the device: pieces come in pinned memory, whose copies do not wait."""
+    parts = []
+    for _ in range(num):
+        # (files, views, ...) -> (files x views, ...)
+        parts.append([x.to(device, non_blocking=True).flatten(0, 1) for x in next(pieces)])
+    return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
 # ------------------------------------------------------------------------------------------------
-# A run: its processes, its precision, its folder
+# In the loop
 
 
-class Run:
-    """This process among torchrun's, and the run that they share: its step, and its folder with
-    last.pt and log.jsonl, which rank 0 writes. Without torchrun there is rank 0 only."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
-                raise ValueError(f"no GPU for process {self.local_rank}: give --device cpu")
-            torch.cuda.set_device(self.local_rank)
-        cores = len(os.sched_getaffinity(0)) // local_world
-        self.workers = max(1, cores - 1) if args.workers is None else args.workers
-        if self.world > 1:
-            store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == local_world:  # one machine: a restart must not meet old addresses
-                restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(f"restart {restarts}", store)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-        self.out, self.step, self.first_step = Path(args.out), 0, 0
-        self.stop, self.save_due, self.stopped_by = False, False, None  # stopped_by: a signal
-
-    def sum_over_ranks(self, *values: float) -> list[float]:
-        """Sums numbers over all ranks, on the host: no GPU sync."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def first_rank_first(self, get, *args):
-        """Calls `get` on the first rank of each machine, then on the others: it may write files."""
-        result = get(*args) if self.local_rank == 0 else None
-        self.sum_over_ranks(0)  # the others wait
-        return result if self.local_rank == 0 else get(*args)
-
-    def say(self, text: str, **line) -> None:
-        """Prints on rank 0, and adds `line` to log.jsonl. Resumed steps are logged again."""
-        if self.rank == 0:
-            print(text, flush=True)
-        if self.rank == 0 and line:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step} | line) + "\n")
-
-    def resume(self, recipe: dict, **states) -> dict:
-        """Continues from last.pt, if it exists (recipes must match), and returns its content.
-        `states`: model, optimizer, scaler. From here on, signals let a step finish and save."""
-        self.recipe, self.states, path, file = recipe, states, self.out / "last.pt", {}
-        self.out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            file = omnimae.read_checkpoint(str(path))
-            old = file.get("recipe", {})
-            other = {key: old.get(key) for key in recipe if old.get(key) != recipe[key]}
-            if other:
-                raise ValueError(f"{path} is of a run with {other!s:.200}: give another --out")
-            for key, state in states.items():
-                state.load_state_dict(file[key] or state.state_dict())  # {}: the scaler was off
-            self.step = self.first_step = file["step"]
-            self.say(f"resuming {self.out} after step {self.step}")
-        if self.sum_over_ranks(self.step)[0] != self.step * self.world:
-            raise ValueError(f"not all machines see the same {path}: --out must be a shared folder")
-        for number in SIGNALS:
-            signal.signal(number, lambda which, _: setattr(self, "stopped_by", which))
-        self.began = self.saved = time.monotonic()
-        self.begin_interval()
-        return file
-
-    def save(self, name: str = "last.pt", **more) -> None:
-        """Rank 0 saves a checkpoint atomically: a killed run leaves the old file or the new."""
-        self.saved, model = time.monotonic(), self.states["model"]
-        if not all(weights.isfinite().all() for weights in model.parameters()):
-            raise FloatingPointError(f"the weights of step {self.step} are not finite; not saved")
-        content = {key: state.state_dict() for key, state in self.states.items()} | more
-        content |= {"config": asdict(model.cfg), "recipe": self.recipe, "step": self.step}
-        with open(self.out / f"{name}.tmp", "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.out / f"{name}.tmp", self.out / name)
-
-    def begin_interval(self) -> None:  # speed is measured from one log line to the next
-        self.interval_began, self.waited, self.views = time.monotonic(), 0.0, 0
-
-    def next_batch(self, batches: Iterator) -> list[Tensor]:
-        """A micro-batch, on the device."""
-        self.waited -= time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic()
-        return [tensor.to(self.device, non_blocking=True) for tensor in batch]
-
-    def end_step(self, views: int, save_minutes: float) -> None:
-        """Counts a step. All ranks then agree whether to stop and whether to save."""
-        self.step, self.views = self.step + 1, self.views + views
-        due = self.rank == 0 and time.monotonic() - self.saved > 60 * save_minutes
-        signals, due = self.sum_over_ranks(self.stopped_by is not None, due)
-        self.stop, self.save_due = signals > 0, due > 0
-        self.stopped_by = self.stopped_by or (signal.SIGTERM if self.stop else None)  # another rank
-
-    def report(self, label: str, loss: Tensor, lr: float, total: int) -> None:
-        """Logs and prints the step just ended. FloatingPointError if its loss is not finite."""
-        loss = self.sum_over_ranks(loss.item())[0] / self.world
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.step} is {loss}: try a lower --lr")
-        elapsed = time.monotonic() - self.interval_began
-        speed, wait = self.views / elapsed, self.waited / elapsed
-        pace = (time.monotonic() - self.began) / (self.step - self.first_step)
-        minutes = pace * (total - self.step) / 60
-        left = f"{minutes / 60:.0f} h" if minutes > 60 else f"{minutes:.0f} min"
-        self.say(
-            f"step {self.step:6d}  {label}  loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} views/s  "
-            f"wait {wait:.0%}  {left} left",
-            label=label, loss=loss, lr=lr, views_per_second=speed, wait=wait,
-            gpu_memory_bytes=torch.cuda.max_memory_allocated(),
-        )  # fmt: skip
-        self.begin_interval()
-
-
-def precision(args: argparse.Namespace, device: torch.device, cfg: omnimae.OmniMAEConfig) -> tuple:
-    """Autocast and gradient scaler. The default is bfloat16, or float16 on GPUs without it; float32
-    for the demo model, and on CPUs without AVX-512, on which bfloat16 is many times slower."""
-    slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    name = "float32" if slow or cfg.dim < 256 else "bfloat16"
-    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        name = "float16"
-    name = args.dtype or name
-    autocast = torch.autocast(device.type, getattr(torch, name), enabled=name != "float32")
-    return autocast, torch.amp.GradScaler(device.type, enabled=name == "float16")
-
-
-def prepare(model: nn.Module, args: argparse.Namespace, run: Run) -> nn.Module:
-    """The model as all ranks train it together, on the device."""
-    model.to(run.device)
-    if args.checkpoint_activations:  # compute a block's activations again in the backward pass
-        for block in (x for x in model.modules() if isinstance(x, omnimae.Block)):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if args.compile:
-        model.compile(dynamic=False)  # once for images and once for videos
-    if run.world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False  # they are constant; as an argument it is deprecated
-    return model
-
-
-def run_script(main, parse_args) -> None:
-    """Prints a user's error in one line. `main` returns the signal that stopped it, or None: the
-    script then ends by that signal, so that a shell's loop or && stops as well."""
-    try:
-        stopped_by = main(parse_args())
-        if dist.is_initialized():
-            dist.all_reduce(torch.zeros(1))  # wait for rank 0 to save
-            dist.destroy_process_group()
-    except (ValueError, OSError, FloatingPointError) as error:  # a worker's: drop its traceback
-        sys.exit(f"{sys.argv[0]}: " + str(error).rsplit("ValueError: ", 1)[-1].strip())
-    except (RuntimeError, MemoryError) as error:
-        if not any(x in repr(error) for x in ("MemoryError", "out of memory", "allocate")):
-            raise
-        sys.exit(f"{sys.argv[0]}: out of memory: try a smaller --micro-batch")
-    finally:  # workers ignore SIGTERM, so kill them
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
-        for worker in multiprocessing.active_children():
-            worker.kill()
-    if stopped_by:
-        signal.signal(stopped_by, signal.SIG_DFL)
-        os.kill(os.getpid(), stopped_by)
-
-
-# ------------------------------------------------------------------------------------------------
-# Options
-
-
-def parse_shared(parser: argparse.ArgumentParser, argv, training=True) -> argparse.Namespace:
-    """Adds the options that the scripts share, and parses. Numbers are positive; some may be 0."""
-    add = parser.add_argument
-    add("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of autocast (see README)")
-    add("--workers", type=int, help="loader processes (default: a process's CPU cores less one)")
-    if training:
-        add("--seed", type=int, default=0, help="seeds everything random (default: 0)")
-        add("--micro-batch", type=int, help="views at once per process (64; 16 for a ViT on a CPU)")
-        add("--checkpoint-activations", action="store_true", help="less memory, a third more FLOPs")
-        add("--compile", action="store_true", help="torch.compile the model")
-        add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
-        add("--save-minutes", type=float, default=10.0, help="between saves (default: 10)")
-    args = parser.parse_args(argv)
-    may_be_0 = ("workers", "seed", "weight_decay", "drop_path", "save_minutes")
-    for name, value in vars(args).items():
-        fine = type(value) not in (int, float) or 0 < value < math.inf
-        if value == "" or not (fine or value == 0 and name in may_be_0):
-            parser.error(f"--{name.replace('_', '-')} must be a positive number or name: {value!r}")
-    return args
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    usage = "torchrun %(prog)s [--model M] [--images DIR] [--videos DIR] [options]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--model", choices=list(omnimae.MODELS), default="vit_b", help="default: vit_b")
-    add("--images", help="folder of images, or 'demo'")
-    add("--videos", help="folder of videos, or 'demo'; without either, both are the demo set")
-    add("--out", help="folder of the run (default: runs/MODEL)")
-    add("--init", help="pretraining checkpoint to start from: released name, URL or path")
-    add("--epochs", type=int, help="default: 800; demo model or data 12")
-    add("--batch-size", type=int, help="views per step, over all processes (2048; demo 64)")
-    add("--lr", type=float, help="peak (default: batch x 1.6e-3 / 2048; demo model 6e-4 / 64)")
-    add("--video-views", type=int, default=4, help="views of a video in a step (default: 4)")
-    add("--image-mask-ratio", type=float, help="default: 0.90; demo model 0.75")
-    add("--video-mask-ratio", type=float, help="default: 0.95; demo model 0.90")
-    args = parse_shared(parser, argv)
-    if not (args.images or args.videos):
-        args.images = args.videos = "demo"
-    demo = "demo" in (args.model, args.images, args.videos)
-    args.epochs = args.epochs or (12 if demo else 800)
-    args.batch_size = args.batch_size or (64 if demo else 2048)
-    lr_per_view = 6e-4 / 64 if args.model == "demo" else 1.6e-3 / 2048
-    args.lr = args.lr or lr_per_view * args.batch_size
-    args.out = args.out or f"runs/{args.model}"
-    return args
-
-
-# ------------------------------------------------------------------------------------------------
-# Pretraining
+def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=WARMUP) -> float:
+    """Grows linearly over the first `warmup` of the steps, then falls as a cosine to `end`."""
+    done = step / total
+    if done < warmup:
+        return FIRST_LEARNING_RATE + (peak - FIRST_LEARNING_RATE) * done / warmup
+    cosine = math.cos(math.pi * (done - warmup) / (1 - warmup))  # from 1 to -1
+    return end + (peak - end) * 0.5 * (1 + cosine)
 
 
 @torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
 @torch.no_grad()
-def look(model: omnimae.OmniMAE, dataset: Views, splits: dict, run: Run, autocast) -> None:
-    """Logs the loss of 32 files of each kind, beside that of predicting 0, and draws the first."""
+def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: Log, autocast):
+    """Logs the loss of 32 files of each kind, beside that of predicting 0, and draws the first.
+    What goes wrong here, such as unreadable files, is printed and does not end the run."""
     for kind, paths in dataset.paths.items():
         indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
-        samples = [dataset[Sample(kind, 0, index, 1)] for index in indices]  # always the same
-        pixels, visible = (torch.cat(x).to(run.device) for x in zip(*samples))
-        x = omnimae.normalize(pixels)
-        with autocast:
-            loss, _, mask = model(x, visible)
-            picture = omnimae.draw_reconstruction(model, x[0], mask[0])
+        try:
+            samples = [dataset[Sample(kind, 0, index, 1)] for index in indices]  # always the same
+            pixels, visible = (torch.cat(x).to(log.ranks.device) for x in zip(*samples))
+            x = omnimae.normalize(pixels)
+            with autocast:
+                loss, _, mask = model(x, visible)
+                picture = omnimae.draw_reconstruction(model, x[0], mask[0])
+            (out / "pictures").mkdir(exist_ok=True)
+            picture.save(out / "pictures" / f"{kind}_{step:06d}.png")
+        except (UserError, OSError) as error:
+            print(f"no look at {kind}: {error}", file=sys.stderr, flush=True)
+            continue
+
         masked = omnimae.to_patches(x, model.cfg)[0][mask]  # (B M, P)
         target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked[None]))
-        (run.out / "pictures").mkdir(exist_ok=True)
-        picture.save(run.out / "pictures" / f"{kind}_{run.step:06d}.png")
-        name, loss, zero = f"{splits[kind]} {kind}", loss.item(), target.square().mean().item()
-        text = f"step {run.step:6d}  {name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
-        run.say(text, label=name, look_loss=loss, zero_loss=zero)
-    run.begin_interval()
+        loss, zero = loss.item(), target.square().mean().item()
+        name = f"{splits[kind]} {kind}"
+        text = f"{name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
+        log.say(text, step, label=name, look_loss=loss, zero_loss=zero)
 
 
-def main(args: argparse.Namespace) -> int | None:
-    run = Run(args)
-    roots = {kind: data_root(vars(args)[kind], kind, run) for kind in KINDS if vars(args)[kind]}
-    paths = {kind: omnimae.list_media(root, kind).paths for kind, root in roots.items()}
-    num_files = {kind: len(paths[kind]) for kind in paths}
-    steps = Steps(num_files, {"images": 1, "videos": args.video_views}, args, run)
-    splits = {x: "val" if omnimae.has_validation(root, x) else "train" for x, root in roots.items()}
-    look_at = {kind: omnimae.list_media(roots[kind], kind, splits[kind]).paths for kind in roots}
+# ------------------------------------------------------------------------------------------------
+# Options and errors, which the other scripts share
 
-    cfg = omnimae.MODELS[args.model]
-    ratios = {x: vars(args)[x] or getattr(cfg, x) for x in ("image_mask_ratio", "video_mask_ratio")}
-    cfg = replace(cfg, **ratios)
-    for kind in roots:
-        omnimae.random_mask(1, *cfg.masking(kind))  # raises for a ratio that masks none or all
-    torch.manual_seed(args.seed)
-    if args.init:
-        model = run.first_rank_first(omnimae.load_checkpoint, args.init).train()
-        if not isinstance(model, omnimae.OmniMAE) or model.cfg.dim != cfg.dim:
-            raise ValueError(f"{args.init}: expected a pretraining checkpoint of {args.model}")
-        model.cfg = replace(model.cfg, **ratios)  # this run's ratios
-    else:
-        model = omnimae.OmniMAE(cfg)
-    parallel = prepare(model, args, run)
-    matrices = [x for x in model.parameters() if x.ndim > 1]  # and the mask token
-    vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorm
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    autocast, scaler = precision(args, run.device, cfg)
-    names = ("model", "epochs", "batch_size", "lr", "video_views", "init", "seed")
-    recipe = {name: getattr(args, name) for name in names} | ratios | {"files": num_files}
-    run.resume(recipe, model=model, optimizer=optimizer, scaler=scaler)
-    run.say(f"pretraining {args.model} on {' and '.join(f'{num_files[x]:,} {x}' for x in roots)}")
-    run.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {run.out}/")
-    dataset, looks = Views(cfg, paths, args.seed), Views(cfg, look_at, args.seed, centre_crop=True)
-    batches = iter(make_loader(dataset, run, batch_sampler=steps.micro_batches(run.step)))
 
-    while run.step < steps.total and not run.stop:
-        lr = learning_rate(run.step, steps.total, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        mean_loss = torch.zeros((), device=run.device)
-        for i in range(steps.accumulate):
-            pixels, visible = (x.flatten(0, 1) for x in run.next_batch(batches))  # files, views
-            parallel.require_backward_grad_sync = i == steps.accumulate - 1  # ranks average once
-            with autocast:
-                loss, _, _ = parallel(omnimae.normalize(pixels), visible)  # a mask, as indices
-            scaler.scale(loss / steps.accumulate).backward()
-            mean_loss += loss.detach() / steps.accumulate
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        run.end_step(args.batch_size, args.save_minutes)
-        last = run.step == steps.total
-        if run.step == 1 or run.step % args.log_every == 0 or last:
-            run.report("images" if pixels.ndim == 4 else "videos", mean_loss, lr, steps.total)
-        if run.rank == 0 and (run.step % math.ceil(steps.total / 10) == 0 or last):
-            look(model, looks, splits, run, autocast)
-        if run.rank == 0 and (run.stop or run.save_due or last):
-            run.save()
-    if run.step < steps.total:
-        run.say(f"stopped and saved after step {run.step}; the same command resumes the run")
-        return run.stopped_by
-    run.say(f"done: {run.out}/last.pt; reconstructions in {run.out}/pictures/. Next:")
-    for kind in roots:
-        run.say(f"torchrun finetune.py --checkpoint {run.out}/last.pt --{kind} {vars(args)[kind]}")
-    return run.stopped_by
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Pretraining's options, with the defaults of the recipe filled in."""
+    usage = "torchrun %(prog)s [--model M] [--images DIR] [--videos DIR] [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", choices=list(omnimae.MODELS), default="vit_b", help="default: vit_b")
+    add("--images", type=non_empty, help="folder of images, or 'demo'")
+    add(
+        "--videos",
+        type=non_empty,
+        help="folder of videos, or 'demo'; without either, both are demo",
+    )
+    add("--out", type=non_empty, help="folder of the run (default: runs/MODEL)")
+    add(
+        "--init",
+        type=non_empty,
+        help="pretraining checkpoint to start from: released name, URL, path",
+    )
+    add("--epochs", type=positive_int, help=f"default: {EPOCHS}; demo model or data {DEMO_EPOCHS}")
+    add(
+        "--batch-size",
+        type=positive_int,
+        help=f"views per step, over all processes ({BATCH_SIZE}; demo {DEMO_BATCH_SIZE})",
+    )
+    add(
+        "--lr",
+        type=positive_float,
+        help=f"peak (default: batch x {LEARNING_RATE} / {BATCH_SIZE}; "
+        f"demo model {DEMO_LEARNING_RATE} / {DEMO_BATCH_SIZE})",
+    )
+    add(
+        "--video-views",
+        type=positive_int,
+        default=VIDEO_VIEWS,
+        help=f"views of a video in a step (default: {VIDEO_VIEWS})",
+    )
+    add("--image-mask-ratio", type=positive_float, help="default: 0.90; demo model 0.75")
+    add("--video-mask-ratio", type=positive_float, help="default: 0.95; demo model 0.90")
+    add_shared_options(parser)
+    add_training_options(parser)
+    args = parser.parse_args(argv)
+
+    if not (args.images or args.videos):
+        args.images = args.videos = "demo"
+    is_demo = "demo" in (args.model, args.images, args.videos)
+    args.epochs = args.epochs or (DEMO_EPOCHS if is_demo else EPOCHS)
+    args.batch_size = args.batch_size or (DEMO_BATCH_SIZE if is_demo else BATCH_SIZE)
+    lr_of_a_view = LEARNING_RATE / BATCH_SIZE
+    if args.model == "demo":
+        lr_of_a_view = DEMO_LEARNING_RATE / DEMO_BATCH_SIZE
+    args.lr = args.lr or lr_of_a_view * args.batch_size
+    args.out = args.out or f"runs/{args.model}"
+    return args
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of autocast (see README)")
+    add(
+        "--workers",
+        type=int_from_zero,
+        default=default_workers(),
+        help="loader processes (default: a process's CPU cores less one, at most 16)",
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--seed", type=int_from_zero, default=0, help="seeds everything random (default: 0)")
+    add("--micro-batch", type=positive_int, help="views at once per process (default: see README)")
+    add("--clip-seconds", type=positive_float, help="length of a clip (default: the model's, 2.7)")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more FLOPs")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--log-every", type=positive_int, default=10, help="steps between log lines (default: 10)")
+    add("--save-minutes", type=float_from_zero, default=10, help="between saves (default: 10)")
+    add("--resume-anyway", action="store_true", help="resume with another recipe than before")
+
+
+def default_workers() -> int:
+    """The CPU cores of a process, less one for itself. More than 16 workers help no GPU."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS
+        cores = os.cpu_count()
+    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(1, cores - 1))
+
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
+
+
+def int_from_zero(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return float(text)
+
+
+def float_from_zero(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or a number above it")
+    return float(text)
+
+
+def non_empty(text: str) -> str:
+    if not text:  # such as "$DATA" where DATA is not set
+        raise argparse.ArgumentTypeError("expected a name, got an empty one")
+    return text
+
+
+def run_script(main, parse_args) -> None:
+    """Runs a script. What its user can mend is printed in a line; other errors keep their
+    traceback."""
+    args = parse_args()
+    script = sys.argv[0]
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            is_run = hasattr(args, "resume_anyway")
+            advice = "; the same command resumes from last.pt" if is_run else ""
+            print(f"\n{script}: interrupted{advice}", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        # A worker's error comes with its traceback.
+        sys.exit(f"{script}: " + str(error).rsplit("UserError: ", 1)[-1].strip())
+    except OSError as error:
+        named = error.filename and error.strerror
+        sys.exit(f"{script}: " + (f"{error.filename}: {error.strerror}" if named else str(error)))
+    except (RuntimeError, MemoryError) as error:
+        advice = advice_about(error, args)
+        if advice is None:
+            raise
+        sys.exit(f"{script}: {advice}")
+
+
+def advice_about(error: Exception, args: argparse.Namespace) -> str | None:
+    """What to do about an error of the machine, or None if it is another."""
+    message = f"{type(error).__name__}: {error}"
+    if "shared memory" in message or "torch_shm" in message:
+        return (
+            "no room in /dev/shm, through which the loader's processes hand over data: enlarge it "
+            "(docker run --shm-size=8g), or load in the main process (--workers 0)"
+        )
+    if "DataLoader worker" in message:
+        return "a process of the loader was killed, perhaps for memory: try fewer --workers"
+    if any(x in message for x in ("MemoryError", "out of memory", "allocate memory")):
+        smaller = "a smaller --micro-batch" if hasattr(args, "micro_batch") else "fewer --workers"
+        return f"out of memory: try {smaller}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -557,13 +1121,6 @@ def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=3
         list(pool.map(write_image, ["train"] * images, range(images)))
         list(pool.map(write_image, ["val"] * val_images, range(val_images)))
     work.rename(root)
-
-
-def data_root(name: str, kind: str, run: Run) -> str:
-    """A data set's folder; for "demo" the demo's, written on first use."""
-    if name == "demo":
-        run.first_rank_first(write_demo_data, "demo_data")
-    return f"demo_data/{kind}" if name == "demo" else name
 
 
 if __name__ == "__main__":
