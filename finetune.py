@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     if start:
         recipe["checkpoint"] = train.fingerprint_of_start(args.checkpoint, start)
     recipe[kind] = train.fingerprint_of_files(listing.paths, root)
-    recipe["classes"] = f"{len(classes)}, names {train.fingerprint(repr(classes).encode())}"
+    recipe["classes"] = f"{len(classes)} ({train.fingerprint(repr(classes).encode())})"
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     file = train.resume(out, recipe, states, args.resume_anyway, ranks)
     first_step = file.get("step", 0)

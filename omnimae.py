@@ -516,7 +516,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     into, while they are in use. UserError for what cannot be found, read or fitted.
     """
     file = read_checkpoint(name)
-    with _naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
+    with naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
         state = convert_released(_weights_in(file))
         state = {key: value.float() for key, value in state.items()}
         if "config" in file:
@@ -535,7 +535,7 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # names the keys that are missing or left over
-        raise UserError(f"{name}: does not fit the model: {_one_line(error)}") from error
+        raise UserError(f"{name}: does not fit the model: {one_line(error)}") from error
     return model.eval()
 
 
@@ -560,7 +560,7 @@ def read_checkpoint(name: str | os.PathLike) -> dict:
         mmap = zipfile.is_zipfile(path)
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises many kinds
-        reason = _one_line(error)
+        reason = one_line(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "not a checkpoint, or with Python objects in it, which are never loaded"
             objects = re.findall(r"GLOBAL (\S+) was not", str(error))
@@ -581,7 +581,7 @@ def _download(url: str) -> str:
     path = os.path.join(folder, file)
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
-        with _naming_errors(url, "cannot be downloaded"):
+        with naming_errors(url, "cannot be downloaded"):
             torch.hub.download_url_to_file(url, path)
     return path
 
@@ -636,7 +636,7 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_classes(path: str | os.PathLike) -> list[str]:
     """The class names in a labels.json such as SSv2's, {"name": "0", ...}, in order of index.
     UserError for any other file."""
-    with _naming_errors(path, "not a labels.json of names and their indices"):
+    with naming_errors(path, "not a labels.json of names and their indices"):
         index = json.loads(Path(path).read_bytes())  # as bytes: a byte-order mark is recognised
         names = sorted(index, key=lambda name: int(index[name]))
         if [int(index[name]) for name in names] != list(range(len(names))):
@@ -644,17 +644,17 @@ def read_classes(path: str | os.PathLike) -> list[str]:
         return names
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
-def _naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
+def naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
     """Re-raises any error as a UserError of one line that names the file."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{path}: {what}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {what}: {one_line(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -664,7 +664,7 @@ def _naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Ite
 def read_image(path: str | os.PathLike) -> Tensor:
     """Reads an image, uint8 (3, H, W), always RGB. Of 16-bit grey the high byte is kept. EXIF
     orientation is ignored, as released. UserError names a file that cannot be read."""
-    with _naming_errors(path), PIL.Image.open(path) as image:
+    with naming_errors(path), PIL.Image.open(path) as image:
         # PIL opens some 16-bit files as 32-bit integers. Other integers and floats have no range
         # that a file would tell, so they cannot be mapped to 8 bits without guessing.
         if image.mode == "I" and image.format in ("PNG", "PPM") or image.mode.startswith("I;16"):
@@ -702,7 +702,7 @@ def read_clip(path: str | os.PathLike, start: float, duration: float, num_frames
 def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
     """Opens a file, and chooses the video stream that FFmpeg would, which is not the cover art."""
     with (
-        _naming_errors(path),
+        naming_errors(path),
         av.open(os.path.abspath(path), metadata_errors="ignore") as container,
     ):
         stream = container.streams.best("video")

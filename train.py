@@ -330,7 +330,7 @@ def list_ssv2(root: Path, split: str) -> Listing:
 
     path = root / "labels" / f"{split}.json"
     paths, labels = [], []
-    with omnimae._naming_errors(path):
+    with omnimae.naming_errors(path):
         for sample in json.loads(path.read_bytes()):
             name = file_names.get(sample["id"], f"{sample['id']}.webm")
             paths.append(f"{folder}/{name}")
@@ -566,7 +566,7 @@ def fingerprint(content: bytes) -> str:
 def fingerprint_of_files(paths: list[str], root: str) -> str:
     """Tells data sets apart by the names of their files."""
     names = "\n".join(os.fspath(path).removeprefix(str(root)) for path in paths)
-    return f"{len(paths)} files, names {fingerprint(os.fsencode(names))}"
+    return f"{len(paths)} files ({fingerprint(os.fsencode(names))})"
 
 
 def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
@@ -575,7 +575,7 @@ def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
         return None
     step = omnimae.read_checkpoint(name).get("step", "unknown")
     some = [x.detach().flatten()[:16].cpu().numpy().tobytes() for x in model.parameters()]
-    return f"{name}, step {step}, weights {fingerprint(b''.join(some))}"
+    return f"{name} (step {step}, {fingerprint(b''.join(some))})"
 
 
 def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) -> dict:
@@ -609,8 +609,8 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
     try:
         states["model"].load_state_dict(file["model"])
         optimizer.load_state_dict(file["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this run: {omnimae._one_line(error)}") from error
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this run: {omnimae.one_line(error)}") from error
     for group, options in zip(optimizer.param_groups, new_options):
         group.update({name: value for name, value in options.items() if name != "params"})
     if file["scaler"]:  # empty where the scaler was off
@@ -663,7 +663,7 @@ class Log:
         self.interval_step = first_step
         self.waited = 0.0  # for data, in seconds
 
-        options = ", ".join(f"{name} {value}" for name, value in recipe.items())
+        options = ", ".join(f"{name}={value}" for name, value in recipe.items())
         ranks.say(textwrap.fill(f"recipe: {options}", 80, subsequent_indent="  "))
         self.write(first_step, recipe=recipe)
 
