@@ -44,7 +44,9 @@ def main(args: argparse.Namespace) -> None:
 
     is_pretrained = isinstance(model, omnimae.OmniMAE)
     if is_pretrained and (args.labels or not args.files):
-        raise UserError(f"{args.checkpoint} has no classes: finetune it, or give only files")
+        raise UserError(
+            f"{args.checkpoint} is a pretraining checkpoint, without classes: it only draws files"
+        )
     if not is_pretrained and args.mask_ratio:
         raise UserError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
 
@@ -70,7 +72,8 @@ def evaluate(model: omnimae.Classifier, args, ranks: train.Ranks, autocast) -> N
             f"{len(listing.classes)} classes: expected the same, in the same order"
         )
     ranks.say(train.describe(listing, kind, root))
-    ranks.say(describe_split(root, kind, split))
+    if not args.all:
+        ranks.say(describe_split(root, kind, len(listing.paths)))
     is_wnid = [bool(re.fullmatch(r"n\d{8}", name)) for name in listing.classes]
     if num_classes == 1000 and model.classes is None and not all(is_wnid):
         ranks.say("warning: the class folders are not named as ImageNet's (n01440764, ...)")
@@ -143,22 +146,20 @@ class Progress:
 def classify_files(model: omnimae.Classifier, args, device, autocast) -> None:
     """Prints the five best labels of each file."""
     names = class_names(model, args.labels)
-    for path, pixels in read_files(args.files, model.cfg, CLIPS):
-        best = (
-            predict(model, pixels.to(device), CROPS, autocast)[0]
-            .softmax(0)
-            .topk(min(5, len(names)))
-        )
+    for path, pixels in read_files(files_of(args.files), model.cfg, CLIPS):
+        probabilities = predict(model, pixels.to(device), CROPS, autocast)[0].softmax(0)
+        best = probabilities.topk(min(5, len(names)))
         print(path)
         for value, index in zip(best.values.tolist(), best.indices.tolist()):
             print(f"  {value:7.2%}  {names[index]}")
 
 
 def reconstruct_files(model: omnimae.OmniMAE, args, device, autocast) -> None:
-    """Draws original, visible patches and reconstruction of each file, as a PNG under --out. Below
-    it, pictures have the folders that their files have below a common one."""
-    common = os.path.commonpath([os.path.dirname(os.path.abspath(x)) for x in files_of(args.files)])
-    for path, pixels in read_files(args.files, model.cfg, num_clips=1):
+    """Draws original, visible patches and reconstruction of each file, as a PNG under --out. The
+    pictures keep the folders of their files, so that two files of one name give two pictures."""
+    paths = files_of(args.files)
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    for path, pixels in read_files(paths, model.cfg, num_clips=1):
         x = to_views(pixels.to(device), model.cfg.image_size, num_crops=1)
         N, ratio = model.cfg.masking("videos" if is_video(path) else "images")
         mask = omnimae.random_mask(1, N, args.mask_ratio or ratio, torch.Generator().manual_seed(0))
@@ -170,10 +171,9 @@ def reconstruct_files(model: omnimae.OmniMAE, args, device, autocast) -> None:
         print(target)
 
 
-def read_files(names: list[str], cfg, num_clips: int):
+def read_files(paths: list[str], cfg, num_clips: int):
     """Yields the path and the pixels of each file. Names unreadable files, and raises a UserError
     for them after all others."""
-    paths = files_of(names)
     num_unreadable = 0
     for path in paths:
         try:
@@ -195,7 +195,12 @@ def files_of(names: list[str]) -> list[str]:
         if not os.path.isdir(name):
             paths.append(name)
             continue
-        found = [str(x) for x in sorted(Path(name).rglob("*")) if x.name.lower().endswith(suffixes)]
+        found = []
+        for folder, folders, files in os.walk(name):
+            folders[:] = sorted(x for x in folders if not x.startswith("."))
+            for file in sorted(files):
+                if file.lower().endswith(suffixes) and not file.startswith("."):
+                    found.append(os.path.join(folder, file))
         if not found:
             raise UserError(f"{name}: no images or videos in this folder")
         paths += found
@@ -221,8 +226,8 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
     """Lists the "train" or "val" split, or "all" files of a data set that has no splits.
 
     Labels index `classes`, by default the data set's own. Without a val split, every 10th file of a
-    class is held out, except the only one. UserError for files without labels, for classes that are
-    not among `classes`, and for less than two classes of its own.
+    class is held out, but never its only file. UserError for files without labels, for a class that
+    is not among `classes`, and, if these are the data set's own, for less than two.
     """
     has_split = train.validation_split(root, kind) is not None
     if has_split and split == "all":
@@ -233,7 +238,8 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
 
     if not has_split and split != "all":
         labels_array = np.array(labels)
-        nth = np.arange(len(labels)) - np.searchsorted(labels_array, labels_array)  # in its class
+        first = np.searchsorted(labels_array, labels_array)  # of its class: labels are in order
+        nth = np.arange(len(labels)) - first
         is_alone = np.bincount(labels_array)[labels_array] == 1
         is_held_out = (nth % HELD_OUT == 0) & ~is_alone
         chosen = np.flatnonzero(is_held_out == (split == "val")).tolist()
@@ -245,7 +251,7 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
     if classes is None:
         classes = names
         if len(set(labels)) < 2:
-            raise UserError(f"{root}: {split} has only the class {names[0]!r}; expected 2 or more")
+            raise UserError(f"{root}: {split} has only one class; expected 2 or more")
     unknown = [name for name in names if name not in set(classes)]
     if unknown:
         raise UserError(
@@ -255,15 +261,12 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
     return train.Listing(paths, [index[names[label]] for label in labels], classes)
 
 
-def describe_split(root: str, kind: str, split: str = "val") -> str:
+def describe_split(root: str, kind: str, num_held_out: int) -> str:
     """Says which files are held out, and how many of how many."""
     name = train.validation_split(root, kind)
     if name is not None:
-        return f"validation files: all of {name}"
+        return f"validation files: all {num_held_out:,} of {name}"
     num = len(train.list_media(root, kind).paths)
-    if split == "all":
-        return f"all {num:,} files"
-    num_held_out = len(list_labelled(root, kind, "val").paths)
     return f"validation files: every {HELD_OUT}th file (no val/): {num_held_out:,} of {num:,}"
 
 
@@ -313,8 +316,11 @@ def to_views(pixels: Tensor, size: int, num_crops: int) -> Tensor:
     short = min(height, width)
     height = height * size // short  # rounded down
     width = width * size // short
-    frames = F.interpolate(pixels.flatten(0, 1) / 255, (height, width), mode="bilinear")
-    frames = omnimae.normalize(frames)  # (clips T, 3, H, W)
+    frames = []
+    for clip in pixels:  # one at a time: as floats, large films take gigabytes
+        resized = F.interpolate(clip / 255, (height, width), mode="bilinear")  # (T, 3, H, W)
+        frames.append(omnimae.normalize(resized))
+    frames = torch.cat(frames)  # (clips T, 3, H, W)
 
     over = max(height, width) - size
     centre = math.ceil(over / 2)
@@ -334,20 +340,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     usage = "%(prog)s --checkpoint NAME (--images|--videos DIR | FILE ...) [options]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    non_empty = train.non_empty
     add(
         "--checkpoint",
-        type=non_empty,
+        type=train.non_empty,
         required=True,
         help="released name (vit_b_in1k), URL or path",
     )
-    add("--images", type=non_empty, help="folder of labelled images, or 'demo'")
-    add("--videos", type=non_empty, help="folder of labelled videos, or 'demo'")
+    add("--images", type=train.non_empty, help="folder of labelled images, or 'demo'")
+    add("--videos", type=train.non_empty, help="folder of labelled videos, or 'demo'")
     add("--all", action="store_true", help="all files of a folder without val/, not every 10th")
     add("files", nargs="*", help="images, videos and folders of them, in any mix")
-    add("--labels", type=non_empty, help="names to print for files: a JSON like SSv2's labels.json")
-    add("--mask-ratio", type=train.positive_float, help="of reconstructions (the checkpoint's)")
-    add("--out", type=non_empty, default="reconstructions", help="for pictures (reconstructions/)")
+    add(
+        "--labels",
+        type=train.non_empty,
+        help="names to print for files: a JSON like SSv2's labels.json",
+    )
+    add(
+        "--mask-ratio",
+        type=train.positive_float,
+        help="hidden fraction (default: the checkpoint's)",
+    )
+    add(
+        "--out",
+        type=train.non_empty,
+        default="reconstructions",
+        help="for pictures (reconstructions/)",
+    )
     train.add_shared_options(parser)
     args = parser.parse_args(argv)
     given = [bool(x) for x in (args.images, args.videos, args.files)]

@@ -5,7 +5,7 @@
 
 The run's folder holds last.pt and best.pt, from the epoch with the best validation accuracy.
 Random numbers depend on (seed, epoch, file) in the loader, and on (seed, step, rank, micro-batch)
-in drop path, MixUp, CutMix and erasing's noise.
+in drop path, MixUp, CutMix and the noise that erasing fills in.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RECIPES = {
         "augment": "full",
     },
     "videos": {  # SSv2
-        "epochs": 40,  # the file says 100, but a comment in it counts 12.5% warm-up as 5 epochs
+        "epochs": 40,  # the file says 100, but its comment calls 12.5% of them 5, which makes 40
         "batch_size": 256,
         "lr": 1e-3,
         "warmup": 0.125,
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     classes = listing.classes
     validation = list_labelled(root, kind, "val", classes)
     ranks.say(train.describe(listing, kind, root))
-    ranks.say(describe_split(root, kind))
+    ranks.say(describe_split(root, kind, len(validation.paths)))
 
     # The model. Every rank draws the same weights, from the same seed.
     torch.manual_seed(args.seed)
@@ -116,9 +116,9 @@ def main(args: argparse.Namespace) -> None:
 
     # The steps, as in train.py, of one kind and one view of each file.
     num_files = {kind: len(listing.paths)}
-    micro_batches = train.cut_batch(args, num_files, {kind: 1}, MICRO_BATCH, cfg, ranks)
+    cuts = train.cut_batch(args, num_files, {kind: 1}, MICRO_BATCH, cfg, ranks)
     steps = train.Steps(num_files, {kind: 1}, args.batch_size, args.epochs, args.seed)
-    accumulate = micro_batches[kind].in_step
+    accumulate = cuts[kind].micro_batches
 
     # Continue where last.pt ends, if there is one.
     recipe = {name: getattr(args, name) for name in ("model", "freeze", "seed", *RECIPES[kind])}
@@ -128,20 +128,20 @@ def main(args: argparse.Namespace) -> None:
     recipe[kind] = train.fingerprint_of_files(listing.paths, root)
     recipe["classes"] = f"{len(classes)} ({train.fingerprint(repr(classes).encode())})"
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    file = train.resume(out, recipe, states, args.resume_anyway, ranks)
-    first_step = file.get("step", 0)
-    best = file.get("best", -1.0)  # top-1 on the held-out files, in %
+    resumed = train.resume(out, recipe, states, args.resume_anyway, ranks)  # {} for a new run
+    first_step = resumed.get("step", 0)
+    best = resumed.get("best", -1.0)  # top-1 on the held-out files, in %
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     ranks.say(f"{steps.total:,} steps of {args.batch_size}; log, last.pt and best.pt: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
-    batch_sampler = steps.pieces(first_step, micro_batches, ranks)
-    ready = 2 * micro_batches[kind].pieces
-    pieces = iter(train.make_loader(dataset, args, ranks, batch_sampler, ready))
+    samples = steps.pieces(first_step, cuts, ranks)
+    pieces = iter(train.make_loader(dataset, args, ranks, samples, ready=2 * cuts[kind].pieces))
     val_loader = file_loader(validation, kind, cfg, 1, args, ranks)  # one clip and crop, for speed
-    saved = time.monotonic()
+    saved_at = time.monotonic()
 
-    # A run that was ended while it validated an epoch validates it again.
+    # A run that was ended at an epoch's end, perhaps while it validated, begins with this epoch: no
+    # step is left of it, and it is validated again.
     first_epoch = max(0, first_step - 1) // steps.per_epoch
     for epoch in range(first_epoch, args.epochs):
         model.train()
@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
             for i in range(accumulate):
                 with log.waiting():
                     pixels, labels, boxes = train.join_pieces(
-                        pieces, micro_batches[kind].pieces, ranks.device
+                        pieces, cuts[kind].pieces, ranks.device
                     )
                 train.seed_all(args.seed, step, ranks.rank, i)  # drop path, MixUp, CutMix, noise
                 x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W)
@@ -181,10 +181,10 @@ def main(args: argparse.Namespace) -> None:
             if done == 1 or done % args.log_every == 0 or done == end:
                 log.report(done, f"epoch {epoch}", mean_loss, lr, scaler)
             # Save before validating, which must not cost an epoch.
-            save_now = done == end or time.monotonic() - saved > 60 * args.save_minutes
+            save_now = done == end or time.monotonic() - saved_at > 60 * args.save_minutes
             if save_now and ranks.rank == 0:
                 train.save(out / "last.pt", done, recipe, states, classes=classes, best=best)
-                saved = time.monotonic()
+                saved_at = time.monotonic()
 
         # Validate on one view of each held-out file (eval.py averages all the views).
         top1, top5, unreadable = accuracy(model, val_loader, 1, ranks, autocast)
@@ -193,7 +193,9 @@ def main(args: argparse.Namespace) -> None:
         if top1 > best:
             best = top1
             if ranks.rank == 0:
-                train.save(out / "best.pt", end, recipe, states, classes=classes, best=best)
+                train.save(
+                    out / "best.pt", end, recipe, {"model": model}, classes=classes, best=best
+                )
         log.begin_interval(end)  # validation does not count in views/s
 
     ranks.close()
@@ -327,16 +329,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     usage = "torchrun %(prog)s --checkpoint NAME --images|--videos DIR [options]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    non_empty = train.non_empty
     add(
-        "--checkpoint", type=non_empty, required=True, help="released name, URL, path, or 'scratch'"
+        "--checkpoint",
+        type=train.non_empty,
+        required=True,
+        help="released name, URL, path, or 'scratch'",
     )
     add("--model", choices=list(omnimae.MODELS), help="size, only for --checkpoint scratch")
-    add("--images", type=non_empty, help="labelled images, or 'demo': the recipe for ImageNet-1k")
-    add("--videos", type=non_empty, help="labelled videos, or 'demo': the recipe for SSv2")
+    add(
+        "--images",
+        type=train.non_empty,
+        help="labelled images, or 'demo': the recipe for ImageNet-1k",
+    )
+    add("--videos", type=train.non_empty, help="labelled videos, or 'demo': the recipe for SSv2")
     add(
         "--out",
-        type=non_empty,
+        type=train.non_empty,
         help="folder of the run (default: runs/CHECKPOINT_images or _videos)",
     )
     add("--epochs", type=train.positive_int, help="defaults of these: see the README")

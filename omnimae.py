@@ -14,7 +14,7 @@ At the right, the function or class that does the step.
       |                          90% of an image's
     visible     (B, V, P)        V = 79          (20)                           visible_indices
       |  linear, + position      the encoder sees nothing else                  Encoder
-      |  12 blocks, norm         a plain ViT: no class token, fixed positions   Block
+      |  12 blocks, norm         a plain ViT: no class token, fixed positions   Block, OmniMAE.norm
     tokens      (B, V, D)        D = 768
       |      mask token (D)      learned, one copy for each masked patch        Decoder
       |           |
@@ -24,10 +24,10 @@ At the right, the function or class that does the step.
       |  4 blocks                a small decoder over all N
     tokens      (B, N, D')       D' = 384
       |  the last M, norm, linear
-    pred        (B, M, P)        compared, by mean squared error, with the      OmniMAE.forward
-    target      (B, M, P)        masked patches: pixels in [0, 1], in each      normalize_patches
-                                 patch and channel shifted and scaled to
-                                 mean 0 and variance 1
+    pred        (B, M, P)        the loss is the mean squared error to the      OmniMAE.forward
+    target      (B, M, P)        masked patches: their pixels in [0, 1],        normalize_patches
+                                 each channel of each patch shifted and
+                                 scaled to mean 0 and variance 1
 
 After pretraining the decoder is thrown away. `Classifier` runs the encoder on all patches.
 """
@@ -36,7 +36,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -64,6 +63,21 @@ class UserError(ValueError):
     other exception is a mistake in the code, and keeps its traceback."""
 
 
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks, and not endless."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
+    """Re-raises any error as a UserError of one line that names the file. Broken files make the
+    libraries that read them raise errors of many kinds, so this catches them all."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: {what}: {one_line(error)}") from error
+
+
 # ------------------------------------------------------------------------------------------------
 # The sizes (paper, section 4, and the released checkpoints)
 
@@ -84,7 +98,7 @@ class OmniMAEConfig:
     decoder_qkv_bias: bool = False  # as in the released checkpoints; the released code says True
     image_mask_ratio: float = 0.90
     video_mask_ratio: float = 0.95
-    clip_seconds: float = 2.7  # what the frames of a clip span; the model itself does not use it
+    clip_seconds: float = 2.7  # that a clip spans: kept here for finetuning and evaluation
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -197,9 +211,9 @@ def to_pixels(patches: Tensor) -> Tensor:
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1).
 
-    Takes pixels in [0, 1], (B, N, P), as released: on ImageNet-normalised ones the 1e-6 would have
-    another effect. Returns patches (B, N, P), and the means and standard deviations that they had,
-    each (B, N, 1, 3).
+    Takes pixels in [0, 1], (B, N, P), as released. (Of ImageNet-normalised ones the result differs
+    slightly: their variance is larger beside the 1e-6.) Returns patches (B, N, P), and the means
+    and standard deviations that they had, each (B, N, 1, 3).
     """
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
@@ -210,8 +224,8 @@ def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def sincos_positions(num: int, dim: int) -> Tensor:
     """The fixed sine/cosine table (num, dim), a row for each patch of a clip.
 
-    One-dimensional: a patch's position is its index in the flattened (t, h, w) raster. (MAE's table
-    is two-dimensional: half of its columns encode the row of the patch, half the column.)
+    One-dimensional, unlike MAE's, which encodes row and column in half of its columns each: here a
+    patch's position is its index in the flattened (t, h, w) raster.
     """
     position = np.arange(num)[:, None]  # (num, 1)
     column = np.arange(dim)
@@ -231,8 +245,8 @@ def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Masking (paper, section 3). A mask is bool (B, N), True = masked, for people and for pictures. The
-# model takes the indices of the visible patches (B, V): their number is known without a GPU sync.
+# Masking (paper, section 3). A mask is bool (B, N), True = masked: easy to read and to draw. The
+# model takes the indices of the visible patches (B, V) instead: V is then known without a GPU sync.
 
 
 def random_mask(B: int, N: int, ratio: float, generator=None) -> Tensor:
@@ -259,8 +273,8 @@ def visible_indices(mask: Tensor) -> Tensor:
 
 
 def split_patches(visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor]:
-    """The indices of the masked patches (B, M) in raster order, and the mask, bool (B, N), for the
-    indices of the visible ones (B, V). Duplicate indices are not checked: that needs a GPU sync."""
+    """From the indices of the visible patches (B, V): those of the masked ones (B, M), in raster
+    order, and the mask, bool (B, N). Duplicates are not checked: that needs a GPU sync."""
     V = visible.shape[-1]
     if visible.dtype != torch.int64 or visible.shape != (B, V) or not 0 < V < N:
         raise ValueError(
@@ -268,7 +282,7 @@ def split_patches(visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor]:
             f"int64 ({B}, V), 0 < V < {N}; visible_indices(mask) makes them from a bool mask"
         )
     mask = torch.ones(B, N, dtype=torch.bool, device=visible.device).scatter(1, visible, False)
-    order = mask.byte().argsort(dim=1, stable=True)  # (B, N): the visible, then the masked
+    order = mask.byte().argsort(dim=1, stable=True)  # (B, N): visible, then masked, in raster order
     return order[:, V:], mask
 
 
@@ -293,7 +307,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -311,7 +325,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention and MLP, each after a LayerNorm and added to its input. In training, drop path
-    (stochastic depth) skips such a branch for some samples and scales it up for the others."""
+    (stochastic depth) leaves either one out for some samples, and scales it up for the others."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, drop_path: float = 0.0):
         super().__init__()
@@ -386,10 +400,8 @@ class Decoder(nn.Module):
         x = self.embed(x + positions[visible])  # (B, V, D')
 
         # A mask token differs from another only in its position: N of them serve all samples.
-        mask_tokens = self.embed(self.mask_token + positions)  # (N, D')
-        mask_tokens = F.embedding(
-            masked, mask_tokens
-        )  # (B, M, D'); a faster backward than [masked]
+        table = self.embed(self.mask_token + positions)  # (N, D')
+        mask_tokens = F.embedding(masked, table)  # (B, M, D'): table[masked], a faster backward
 
         x = torch.cat([x, mask_tokens], dim=1)  # (B, N, D')
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
@@ -508,35 +520,18 @@ CHECKPOINTS = {
 }
 
 
-def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
-    """Loads an OmniMAE or a Classifier, by what the file holds, in eval mode on the CPU.
-
-    `name` is a released checkpoint's ("vit_b_ssv2"), a URL, or the path of a released file or of
-    this project's. The weights are mapped from the file: it may be replaced, but not be written
-    into, while they are in use. UserError for what cannot be found, read or fitted.
-    """
-    file = read_checkpoint(name)
-    with naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
-        state = convert_released(_weights_in(file))
-        state = {key: value.float() for key, value in state.items()}
-        if "config" in file:
-            cfg = OmniMAEConfig(**file["config"])
-        else:
-            sizes = {(cfg.dim, cfg.patch_values): cfg for cfg in MODELS.values()}
-            size = tuple(state["encoder.patch_embed.weight"].shape)  # (D, P)
-            cfg = replace(sizes[size], decoder_qkv_bias="decoder.blocks.0.attn.qkv.bias" in state)
-
-    with torch.device("meta"):  # build without allocating; load_state_dict(assign=True) fills it
-        if "decoder.mask_token" in state:
-            model = OmniMAE(cfg)
-        else:
-            model = Classifier(cfg, num_classes=len(state.get("head.bias", ())))
-            model.classes = file.get("classes")
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:  # names the keys that are missing or left over
-        raise UserError(f"{name}: does not fit the model: {one_line(error)}") from error
-    return model.eval()
+def _download(url: str) -> str:
+    """Downloads a file to torch.hub's cache, unless it is there. Returns its path."""
+    file = url.split("?")[0].rsplit("/", 1)[-1]
+    if url not in CHECKPOINTS.values():  # files of other URLs may all be called last.pt
+        file = hashlib.sha256(url.encode()).hexdigest()[:16] + "_" + file
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    path = os.path.join(folder, file)
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        with naming_errors(url, "cannot be downloaded"):
+            torch.hub.download_url_to_file(url, path)
+    return path
 
 
 def read_checkpoint(name: str | os.PathLike) -> dict:
@@ -556,34 +551,18 @@ def read_checkpoint(name: str | os.PathLike) -> dict:
         raise UserError(f"{name}: no such file; released checkpoints: {', '.join(CHECKPOINTS)}")
 
     try:
-        # A mapped file is read when and where it is used. (PyTorch's old format cannot be mapped.)
+        # The content of a mapped file is read where it is used. Only PyTorch's zip format can be.
         mmap = zipfile.is_zipfile(path)
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises many kinds
-        reason = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "not a checkpoint, or with Python objects in it, which are never loaded"
-            objects = re.findall(r"GLOBAL (\S+) was not", str(error))
-            if objects:
-                reason = f"it holds Python objects ({objects[0]}), which are never loaded"
+        objects = re.findall(r"GLOBAL (\S+) was not", str(error))  # such as argparse.Namespace
+        reason = (
+            f"Python objects in it ({objects[0]}) are not loaded" if objects else one_line(error)
+        )
         raise UserError(f"{name}: PyTorch cannot load it: {reason}{advice}") from error
     if not isinstance(file, dict):
         raise UserError(f"{name}: not a checkpoint: expected a dict, got a {type(file).__name__}")
     return file
-
-
-def _download(url: str) -> str:
-    """Downloads a file to torch.hub's cache, unless it is there. Returns its path."""
-    file = url.split("?")[0].rsplit("/", 1)[-1]
-    if url not in CHECKPOINTS.values():  # files of other URLs may all be called last.pt
-        file = hashlib.sha256(url.encode()).hexdigest()[:16] + "_" + file
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, file)
-    if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
-        with naming_errors(url, "cannot be downloaded"):
-            torch.hub.download_url_to_file(url, path)
-    return path
 
 
 def _weights_in(file: dict) -> dict[str, Tensor]:
@@ -605,7 +584,7 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts a released state dict to this project's keys and shapes. Takes the nine files, and
     what the released trainer saves, with the head under `heads.0.`. Other keys stay the same."""
     head = "decoder.head." if "trunk.mask_token" in state else "head."
-    renames = {  # the first that fits is used
+    renames = {  # the first that fits is used, so the order matters
         "trunk.mask_token": "decoder.mask_token",
         "trunk.pos_embed": "encoder.pos_embed",
         "trunk.patch_embed.proj.1.": "encoder.patch_embed.",
@@ -614,9 +593,9 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "trunk.decoder.decoder_embed.": "decoder.embed.",
         "trunk.decoder.decoder_blocks.": "decoder.blocks.",
         "trunk.decoder.": "decoder.",
-        "heads.0.projector.": head,  # from the released trainer, pretraining
-        "heads.0.0.": head,  # from the released trainer, SSv2
-        "heads.0.": head,  # from the released trainer, IN1k
+        "heads.0.projector.": head,  # from here on, as the released trainer saves it: pretraining
+        "heads.0.0.": head,  # SSv2
+        "heads.0.": head,  # IN1k
         "head.": head,
     }
     converted = {}
@@ -633,6 +612,38 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
+    """Loads an OmniMAE or a Classifier, by what the file holds, in eval mode on the CPU.
+
+    `name` is a released checkpoint's ("vit_b_ssv2"), a URL, or the path of a released file or of
+    this project's. The weights stay in the file until they are used: do not write into it
+    meanwhile (replacing it is fine). UserError for what cannot be found, read or fitted.
+    """
+    file = read_checkpoint(name)
+    with naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
+        state = convert_released(_weights_in(file))
+        state = {key: value.float() for key, value in state.items()}
+        if "config" in file:
+            cfg = OmniMAEConfig(**file["config"])
+        else:
+            sizes = {(cfg.dim, cfg.patch_values): cfg for cfg in MODELS.values()}
+            size = tuple(state["encoder.patch_embed.weight"].shape)  # (D, P)
+            cfg = replace(sizes[size], decoder_qkv_bias="decoder.blocks.0.attn.qkv.bias" in state)
+
+    with torch.device("meta"):  # build without allocating; load_state_dict(assign=True) fills it
+        if "decoder.mask_token" in state:
+            model = OmniMAE(cfg)
+        else:
+            num_classes = len(state.get("head.bias", ()))  # 0: load_state_dict says what is missing
+            model = Classifier(cfg, num_classes)
+            model.classes = file.get("classes")
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # names the keys that are missing or left over
+        raise UserError(f"{name}: does not fit the model: {one_line(error)}") from error
+    return model.eval()
+
+
 def read_classes(path: str | os.PathLike) -> list[str]:
     """The class names in a labels.json such as SSv2's, {"name": "0", ...}, in order of index.
     UserError for any other file."""
@@ -644,19 +655,6 @@ def read_classes(path: str | os.PathLike) -> list[str]:
         return names
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@contextmanager
-def naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
-    """Re-raises any error as a UserError of one line that names the file."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path}: {what}: {one_line(error)}") from error
-
-
 # ------------------------------------------------------------------------------------------------
 # Media: images, and the frames of a clip
 
@@ -665,14 +663,113 @@ def read_image(path: str | os.PathLike) -> Tensor:
     """Reads an image, uint8 (3, H, W), always RGB. Of 16-bit grey the high byte is kept. EXIF
     orientation is ignored, as released. UserError names a file that cannot be read."""
     with naming_errors(path), PIL.Image.open(path) as image:
-        # PIL opens some 16-bit files as 32-bit integers. Other integers and floats have no range
-        # that a file would tell, so they cannot be mapped to 8 bits without guessing.
-        if image.mode == "I" and image.format in ("PNG", "PPM") or image.mode.startswith("I;16"):
-            grey = (np.array(image) >> 8).astype(np.uint8)  # PIL itself would clip to 255
-            image = PIL.Image.fromarray(grey)
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode}: convert it to 8 or 16 bits a value")
-        return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+        mode = image.mode
+        is_16_bit = mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))
+        if is_16_bit:  # PIL itself would clip to 255
+            high_byte = (np.array(image) >> 8).astype(np.uint8)
+            return pil_to_tensor(PIL.Image.fromarray(high_byte).convert("RGB"))
+        if mode in ("I", "F"):  # integers of 32 bits, or floats: nobody knows which value is white
+            raise ValueError(f"pixels of mode {mode}: convert it to 8 or 16 bits a value")
+        return pil_to_tensor(image if mode == "RGB" else image.convert("RGB"))
+
+
+@contextmanager
+def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
+    """Opens a file, and chooses the video stream that FFmpeg would, which is not the cover art."""
+    path_in_full = os.path.abspath(path)  # FFmpeg takes "a:b" for a protocol
+    ignore = {"metadata_errors": "ignore"}  # tags that are not UTF-8
+    with naming_errors(path), av.open(path_in_full, **ignore) as container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise ValueError("no video stream")
+        stream.codec_context.thread_count = 1  # the loader's workers already use all cores
+        stream.codec_context.options = {"max_pixels": str(2**27)}  # broken files claim any size
+        yield container, stream
+
+
+def _seconds_in(container, stream) -> Fraction:
+    """The duration of a video: what its stream says or, where that says nothing, as in .webm, the
+    time of the last frame. (As released, not what the container says: that may be the sound's.)"""
+    if stream.duration is not None:
+        return stream.duration * stream.time_base
+
+    # Packets are read without decoding. Where the container knows its duration, those after the
+    # last keyframe are enough. If there is none, read all.
+    offsets = [0]
+    if container.duration is not None:
+        end = Fraction(container.duration, av.time_base) / stream.time_base
+        offsets = [math.floor(end), 0]
+    for offset in offsets:
+        container.seek(offset, stream=stream)
+        times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+        if times:
+            return (max(times) - (stream.start_time or 0)) * stream.time_base
+    return Fraction(0)
+
+
+def _upright(clip: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turns and mirrors (T, H, W, 3) as the frame's display matrix says: phones film sideways."""
+    display_matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if display_matrix is None:
+        return clip
+    # Rows (a, b, u), (c, d, v), (x, y, w): a pixel at (p, q) is shown at (a p + c q, b p + d q),
+    # but for an offset.
+    a, b, _, c, d, *_ = np.frombuffer(display_matrix, np.int32).tolist()
+    if abs(b) > abs(a):  # columns are shown as rows
+        clip = clip.swapaxes(1, 2)
+        a = c
+        d = b
+    if a < 0:
+        clip = clip[:, :, ::-1]
+    if d < 0:
+        clip = clip[:, ::-1]
+    return np.ascontiguousarray(clip)
+
+
+def _read_window(container, stream, start: Fraction, duration: Fraction, num_frames: int) -> Tensor:
+    """Decodes one clip, uint8 (T, 3, H, W): the frames with start <= time < start + duration.
+
+    Exactly as released, this is counted in ticks of the stream from its first timestamp:
+    ceil(start / time_base) <= pts < ceil((start + duration) / time_base). Of these n frames, those
+    at linspace(0, n - 1, num_frames), truncated, are kept. If no frame lies in it, as in the
+    recording of a still screen, the clip repeats the last frame before it (or the first of all).
+    """
+    first_pts = stream.start_time or 0
+    begin = first_pts + math.ceil(start / stream.time_base)
+    end = first_pts + math.ceil((start + duration) / stream.time_base)
+
+    # Seek to the keyframe before; where that lands too late, once more from the start of the file.
+    for seek in ({"offset": begin, "stream": stream}, {"offset": 0}):
+        container.seek(**seek)
+        before = []
+        frames = []
+        for frame in container.decode(stream):
+            if frame.pts < begin:
+                before = [frame]  # the one on screen
+            elif frame.pts < end or not (before or frames):
+                frames.append(frame)
+            if frame.pts >= end:
+                break
+        if before or (frames and frames[0].pts == begin):
+            break  # it did not land too late
+    frames = frames or before
+    if not frames:
+        raise ValueError("no frame in it")
+
+    kept = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int)]
+    to_rgb = VideoReformatter()  # one for all frames: making it costs more than using it
+    width = kept[0].width
+    height = kept[0].height
+    pixels = [to_rgb.reformat(x, width, height, "rgb24", threads=1).to_ndarray() for x in kept]
+    clip = _upright(np.stack(pixels), kept[0])  # (T, H, W, 3)
+    return torch.from_numpy(clip).permute(0, 3, 1, 2)  # (T, 3, H, W)
+
+
+def read_clip(path: str | os.PathLike, start: float, duration: float, num_frames: int) -> Tensor:
+    """Reads one clip, uint8 (T, 3, H, W), from `start` for `duration`, in seconds from the video's
+    first frame. UserError names a file that cannot be read."""
+    with _open_video(path) as (container, stream):
+        return _read_window(container, stream, Fraction(start), Fraction(duration), num_frames)
 
 
 def read_clips(
@@ -689,102 +786,3 @@ def read_clips(
             start = Fraction(fraction) * last_start
             clips.append(_read_window(container, stream, start, duration, num_frames))
         return torch.stack(clips)
-
-
-def read_clip(path: str | os.PathLike, start: float, duration: float, num_frames: int) -> Tensor:
-    """Reads one clip, uint8 (T, 3, H, W), from `start` for `duration`, in seconds from the video's
-    first frame. UserError names a file that cannot be read."""
-    with _open_video(path) as (container, stream):
-        return _read_window(container, stream, Fraction(start), Fraction(duration), num_frames)
-
-
-@contextmanager
-def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
-    """Opens a file, and chooses the video stream that FFmpeg would, which is not the cover art."""
-    with (
-        naming_errors(path),
-        av.open(os.path.abspath(path), metadata_errors="ignore") as container,
-    ):
-        stream = container.streams.best("video")
-        if stream is None or stream.disposition & Disposition.attached_pic:
-            raise ValueError("no video stream")
-        stream.codec_context.thread_count = 1  # the loader's workers already use all cores
-        stream.codec_context.options = {"max_pixels": str(2**27)}  # broken files claim any size
-        yield container, stream
-
-
-def _seconds_in(container, stream) -> Fraction:
-    """The duration of a video: what its stream says or, where that says nothing, as in .webm, the
-    time of the last frame. (Released rule: the container's duration may be of the sound.)"""
-    if stream.duration is not None:
-        return stream.duration * stream.time_base
-
-    # Packets are read without decoding: from the last keyframe, if the container knows about where
-    # that is, or else all.
-    offsets = [0]
-    if container.duration is not None:
-        end = Fraction(container.duration, av.time_base) / stream.time_base
-        offsets = [math.floor(end), 0]
-    for offset in offsets:
-        container.seek(offset, stream=stream)
-        times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-        if times:
-            return (max(times) - (stream.start_time or 0)) * stream.time_base
-    return Fraction(0)
-
-
-def _read_window(container, stream, start: Fraction, duration: Fraction, num_frames: int) -> Tensor:
-    """Decodes one clip, uint8 (T, 3, H, W): the frames with start <= time < start + duration.
-
-    Exactly as released, this is counted in ticks of the stream from its first timestamp:
-    ceil(start / time_base) <= pts < ceil((start + duration) / time_base). Of these n frames, those
-    at linspace(0, n - 1, num_frames), truncated, are kept. Where there is none, as in recordings of
-    a screen that stands still, it is the frame on screen: the last one before the window.
-    """
-    first_pts = stream.start_time or 0
-    begin = first_pts + math.ceil(start / stream.time_base)
-    end = first_pts + math.ceil((start + duration) / stream.time_base)
-
-    # Seek to the keyframe before; where that lands too late, once more from the start of the file.
-    for seek in ({"offset": begin, "stream": stream}, {"offset": 0}):
-        container.seek(**seek)
-        landed = math.inf
-        frames = []
-        on_screen = None
-        for frame in container.decode(stream):
-            landed = min(landed, frame.pts)
-            if begin <= frame.pts < end:
-                frames.append(frame)
-            elif frame.pts < begin or on_screen is None:  # later frames only before the first one
-                on_screen = frame
-            if frame.pts >= end:
-                break
-        if landed <= begin:
-            break
-    frames = frames or [on_screen]
-    if frames[0] is None:
-        raise ValueError("no frame in it")
-
-    kept = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int)]
-    to_rgb = VideoReformatter()  # one for all frames: making it costs more than using it
-    width, height = kept[0].width, kept[0].height
-    pixels = [to_rgb.reformat(x, width, height, "rgb24", threads=1).to_ndarray() for x in kept]
-    clip = _upright(np.stack(pixels), kept[0])  # (T, H, W, 3)
-    return torch.from_numpy(clip).permute(0, 3, 1, 2)  # (T, 3, H, W)
-
-
-def _upright(clip: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turns and mirrors (T, H, W, 3) as the frame's display matrix says: phones film sideways."""
-    display_matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-    if display_matrix is None:
-        return clip
-    # A pixel at (x, y) is shown at (a x + c y, b x + d y); offsets do not matter here.
-    a, b, _, c, d, *_ = np.frombuffer(display_matrix, np.int32).tolist()
-    if abs(b) > abs(a):  # x is shown as y
-        clip = clip.swapaxes(1, 2)
-        a, d = c, b
-    if a < 0:
-        clip = clip[:, :, ::-1]
-    if d < 0:
-        clip = clip[:, ::-1]
-    return np.ascontiguousarray(clip)

@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=8 train.py --model vit_b --images /data/in1k --videos /data/ssv2
 
 Read from the top: the recipe, `main` with the training loop, then what `main` calls, in the order
-of its first use; last the options, which the other scripts share, and the demo data set.
+of its first use; last the options, and the demo data set.
 
 Random numbers are a function of (seed, epoch, file, view), the order of files of (seed, epoch). So
 a step's files, crops and masks depend neither on the number of processes, workers or micro-batches
-nor on a restart: with 1 or 2 CPU processes, a resumed run ends with an unbroken run's bits.
+nor on a restart: with one or two processes on CPUs, a resumed run ends with the same weights, bit
+for bit, as one that was never stopped.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -44,14 +46,15 @@ from omnimae import UserError, read_classes
 
 # The recipe: the released configuration for ViT-B, except where a line says otherwise. (The mask
 # ratios, and the frames and seconds of a clip, belong to a model: see `OmniMAEConfig`.)
-EPOCHS = 800  # the released checkpoints took 1600 (paper)
+EPOCHS = 800  # (paper: the released checkpoints took 1600.) An epoch has as many views as files
 BATCH_SIZE = 2048  # views in a step, over all processes
 LEARNING_RATE = 1.6e-3  # peak, for 2048 views; in proportion for other batches (this project)
 FIRST_LEARNING_RATE = 1e-6
 WARMUP = 0.05  # fraction of the steps in which the learning rate grows, linearly; then a cosine
 BETAS = (0.9, 0.95)  # of AdamW
 WEIGHT_DECAY = 0.05  # on matrices only, not on biases and LayerNorms
-VIDEO_VIEWS = 4  # a video is decoded once for 4 views, each with its own crop and mask
+VIDEO_VIEWS = 4  # of a video that is decoded once, each with its own crop and mask. So an epoch
+# takes every image, and every fourth video
 IMAGE_CROP = (0.2, 1.0)  # fraction of the area
 VIDEO_CROP = (0.08, 1.0)
 IMAGE_FLIP = 0.5  # probability; videos are never flipped: SSv2's labels name directions
@@ -61,11 +64,11 @@ DEMO_EPOCHS = 12
 DEMO_BATCH_SIZE = 64
 DEMO_LEARNING_RATE = 6e-4  # peak, for 64 views; only of the demo model
 
-# Views that a device takes at once, unless --micro-batch says so. ViT-B needs 7 GB for 256 images
-# and 13 GB for 64 clips (H200); more are not faster. On a CPU 64 clips would need 22 GB.
+# Views that a GPU takes at once, unless --micro-batch says so. ViT-B needs 7 GB for 256 images and
+# 13 GB for 64 clips (H200); more are not faster. On a CPU 64 clips would need 22 GB.
 MICRO_BATCH = {"images": 256, "videos": 64}
 CPU_MICRO_BATCH = 16
-DEMO_MICRO_BATCH = 64
+SMALL_MICRO_BATCH = 64  # of the demo model, on any device
 
 KINDS = ("images", "videos")
 
@@ -77,7 +80,8 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks(args.device)  # this process among torchrun's
     out = Path(args.out)
 
-    # The files to train on, and files to look at ten times a run: held-out ones if there are any.
+    # The files to train on, and those of which some are scored and drawn ten times a run: held-out
+    # files, if there are any.
     roots, splits, paths, looks_at = {}, {}, {}, {}
     for kind in KINDS:
         if getattr(args, kind):
@@ -90,42 +94,44 @@ def main(args: argparse.Namespace) -> None:
             looks_at[kind] = list_media(root, kind, splits[kind]).paths
 
     # The model. Every rank draws the same weights, from the same seed.
-    cfg = config_of(args, paths)
+    cfg = config_of(args)
+    for kind in paths:
+        omnimae.random_mask(1, *cfg.masking(kind))  # UserError for a ratio that masks none or all
     torch.manual_seed(args.seed)
     if args.init:
         model = ranks.first_then_others(load_init, args.init, cfg, args.clip_seconds)
+        cfg = model.cfg
     else:
         model = omnimae.OmniMAE(cfg)
-    parallel = prepare(model, args, ranks)  # the same weights, as all ranks train them together
-    autocast, scaler = precision(args.dtype, ranks.device, model.cfg)
-    matrices = [x for x in model.parameters() if x.ndim > 1]  # and the mask token
+    parallel = prepare(model, args, ranks)  # wrapped in DDP if there are several ranks
+    autocast, scaler = precision(args.dtype, ranks.device, cfg)
+    matrices = [x for x in model.parameters() if x.ndim > 1]  # the mask token counts as one
     vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorms
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
-    # The steps. Each takes a batch of one kind, of which a rank takes its share, in micro-batches
-    # of as many views as its device holds.
+    # The steps. A step takes a batch of one kind, of which each rank takes its share. A share is
+    # cut into micro-batches of as many views as a device holds. A micro-batch is joined from
+    # pieces, of a few files each, which the loader's workers read.
     num_files = {kind: len(paths[kind]) for kind in paths}
     num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of a file
-    micro_batches = cut_batch(args, num_files, num_views, MICRO_BATCH, model.cfg, ranks)
+    cuts = cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
     steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
 
     # Continue where last.pt ends, if there is one.
-    recipe = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
-    recipe |= {name: getattr(model.cfg, name) for name in MODEL_OPTIONS}
-    recipe |= {"video_views": args.video_views, "init": fingerprint_of_start(args.init, model)}
-    recipe |= {kind: fingerprint_of_files(paths[kind], roots[kind]) for kind in paths}
+    recipe = recipe_of(args, model, paths, roots)
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    first_step = resume(out, recipe, states, args.resume_anyway, ranks).get("step", 0)
+    resumed = resume(out, recipe, states, args.resume_anyway, ranks)  # {} for a new run
+    first_step = resumed.get("step", 0)
 
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {out}/")
-    dataset = Views(model.cfg, paths, args.seed)
-    looks = Views(model.cfg, looks_at, args.seed, centre_crop=True)
-    batch_sampler = steps.pieces(first_step, micro_batches, ranks)
-    ready = 2 * max(micro_batch.pieces for micro_batch in micro_batches.values())
-    pieces = iter(make_loader(dataset, args, ranks, batch_sampler, ready))
-    saved = time.monotonic()
+    dataset = Views(cfg, paths, args.seed)
+    looks = Views(cfg, looks_at, args.seed, centre_crop=True)
+    samples = steps.pieces(first_step, cuts, ranks)
+    ready = 2 * max(cut.pieces for cut in cuts.values())
+    pieces = iter(make_loader(dataset, args, ranks, samples, ready))
+    saved_at = time.monotonic()
 
     for step in range(first_step, steps.total):
         kind, _, _ = steps.at(step)
@@ -135,11 +141,11 @@ def main(args: argparse.Namespace) -> None:
 
         # Forward and backward. The gradients of the micro-batches add up. DDP averages them over
         # the ranks once a step, with the last one.
-        accumulate = micro_batches[kind].in_step
+        accumulate = cuts[kind].micro_batches
         mean_loss = torch.zeros((), device=ranks.device)
         for i in range(accumulate):
             with log.waiting():
-                pixels, visible = join_pieces(pieces, micro_batches[kind].pieces, ranks.device)
+                pixels, visible = join_pieces(pieces, cuts[kind].pieces, ranks.device)
             x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W), from uint8
             parallel.require_backward_grad_sync = i == accumulate - 1  # without DDP, of no effect
             with autocast:
@@ -152,18 +158,18 @@ def main(args: argparse.Namespace) -> None:
         scaler.update()
         optimizer.zero_grad()
 
-        # From here on, `done` steps are done.
+        # The log. All ranks take part: the loss is averaged over them.
         done = step + 1
         is_last = done == steps.total
         if done == 1 or done % args.log_every == 0 or is_last:
             log.report(done, kind, mean_loss, lr, scaler)
 
-        # Rank 0 decides on its own when to save. Look after saving: it must not cost a checkpoint.
+        # Rank 0 alone decides when to save. It saves before it looks, so that a look costs nothing.
         look_now = done % math.ceil(steps.total / 10) == 0 or is_last
-        save_now = look_now or time.monotonic() - saved > 60 * args.save_minutes
+        save_now = look_now or time.monotonic() - saved_at > 60 * args.save_minutes
         if save_now and ranks.rank == 0:
             save(out / "last.pt", done, recipe, states)
-            saved = time.monotonic()
+            saved_at = time.monotonic()
         if look_now and ranks.rank == 0:
             look(model, looks, splits, out, done, log, autocast)
             log.begin_interval(done)  # looking does not count in views/s
@@ -187,23 +193,15 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # What `sum` sums. It lives as long as the process group: if gloo's thread dropped the last
-        # reference to a tensor, it would wait for Python's lock, and a fork or exit could hang.
-        self.numbers = torch.zeros(4, dtype=torch.float64)
-
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"no GPU for process {self.local_rank}: give --device cpu")
             torch.cuda.set_device(self.local_rank)
+        # What `sum` sums. It lives as long as the process group: if gloo's thread dropped the last
+        # reference to a tensor, it would wait for Python's lock, and a fork or exit could hang.
+        self.numbers = torch.zeros(4, dtype=torch.float64)
         if self.world > 1:
-            store, _, _ = next(dist.rendezvous("env://"))
-            if self.world == int(os.environ["LOCAL_WORLD_SIZE"]):
-                # On one machine, torchrun restarts with the same store. Under a prefix of its own,
-                # a restarted run does not meet the addresses of the one before.
-                restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(f"restart {restarts}", store)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+            join_group(self.rank, self.world, self.device)
 
     def say(self, text: str) -> None:
         """Prints on rank 0."""
@@ -222,16 +220,32 @@ class Ranks:
         """Calls `get` on the first rank of each machine, then on the others: it may write files."""
         if self.local_rank == 0:
             result = get(*args)
-        self.sum(0)  # the others wait here
+        self.wait()
         if self.local_rank != 0:
             result = get(*args)
         return result
 
+    def wait(self) -> None:
+        """Waits until all ranks are here."""
+        self.sum(0)
+
     def close(self) -> None:
         """Waits for all ranks, rank 0 with its last save among them, and ends the process group."""
-        self.sum(0)
+        self.wait()
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def join_group(rank: int, world: int, device: torch.device) -> None:
+    """Joins the process group of torchrun's processes."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
+        # On one machine, torchrun restarts with the same store. Under a prefix of its own, a
+        # restarted run does not meet the addresses of the one before.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"restart {restarts}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def check_launch() -> None:
@@ -290,7 +304,9 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
         return list_ssv2(root, "train" if split == "train" else held_out)
     if split == "val":
         return list_folder(root / held_out, kind)
-    return list_folder(root / "train" if (root / "train").is_dir() else root, kind)
+    if (root / "train").is_dir():
+        return list_folder(root / "train", kind)
+    return list_folder(root, kind, held_out)
 
 
 def validation_split(root: str | os.PathLike, kind: str) -> str | None:
@@ -338,12 +354,12 @@ def list_ssv2(root: Path, split: str) -> Listing:
     return Listing(paths, labels, classes)
 
 
-def list_folder(folder: Path, kind: str) -> Listing:
-    """The files in a flat folder, or in its class folders."""
+def list_folder(folder: Path, kind: str, held_out: str | None = None) -> Listing:
+    """The files in a flat folder, or in its class folders, except the one that is held out."""
     flat = media_in(folder, kind)
     classes = {}
     for name in sorted(os.listdir(folder)):
-        if (folder / name).is_dir() and not name.startswith("."):
+        if (folder / name).is_dir() and not name.startswith(".") and name != held_out:
             classes[name] = media_in(folder / name, kind)
 
     empty = [name for name, paths in classes.items() if not paths]
@@ -384,9 +400,12 @@ def describe(listing: Listing, kind: str, root: str) -> str:
     text = f"{root}: {len(listing.paths):,} {kind}"
     if listing.classes:
         num = np.bincount(listing.labels, minlength=len(listing.classes))
-        text += f" of {len(num):,} classes, {listing.classes[0]!r} to {listing.classes[-1]!r},"
-        text += f" with {num.min():,} to {num.max():,} each"
-    return text + count_skipped({os.path.dirname(path) for path in listing.paths}, kind)
+        fewest = num.min()
+        most = num.max()
+        text += f" of {len(num):,} classes, {listing.classes[0]!r} to {listing.classes[-1]!r}, "
+        text += f"{fewest:,} each" if fewest == most else f"{fewest:,} to {most:,} each"
+    text += count_skipped({os.path.dirname(path) for path in listing.paths}, kind)
+    return textwrap.fill(text, 80, subsequent_indent="  ")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -395,13 +414,10 @@ def describe(listing: Listing, kind: str, root: str) -> str:
 MODEL_OPTIONS = ("image_mask_ratio", "video_mask_ratio", "clip_seconds")  # of `OmniMAEConfig`
 
 
-def config_of(args: argparse.Namespace, kinds) -> omnimae.OmniMAEConfig:
-    """The sizes of --model with the options given. UserError for a ratio that masks none or all."""
+def config_of(args: argparse.Namespace) -> omnimae.OmniMAEConfig:
+    """The sizes of --model, with the options given."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
-    cfg = replace(omnimae.MODELS[args.model], **given)
-    for kind in kinds:
-        omnimae.random_mask(1, *cfg.masking(kind))
-    return cfg
+    return replace(omnimae.MODELS[args.model], **given)
 
 
 def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None) -> omnimae.OmniMAE:
@@ -421,7 +437,8 @@ def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None)
 
 
 def prepare(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Module:
-    """The model as all ranks train it together, on the device. It shares the model's weights."""
+    """Moves the model to the device. Returns it as all ranks train it together: with several ranks
+    wrapped in DDP, which shares its weights."""
     model.to(ranks.device)
     if args.checkpoint_activations:  # compute a block's activations again in the backward pass
         for block in model.modules():
@@ -440,7 +457,7 @@ def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfi
     for the demo model, and on CPUs without AVX-512, on which bfloat16 is many times slower."""
     is_slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
     if dtype is None:
-        if is_slow or cfg.dim < 256:
+        if is_slow or is_small(cfg):
             dtype = "float32"
         elif device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
             dtype = "float16"
@@ -450,25 +467,30 @@ def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfi
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
 
-# How many micro-batches a rank has in a step, how many pieces of the loader make up one, and how
-# many files are in a piece.
-MicroBatch = namedtuple("MicroBatch", ["in_step", "pieces", "piece_files"])
+def is_small(cfg: omnimae.OmniMAEConfig) -> bool:
+    """Whether a model is of the demo's kind, for laptops."""
+    return cfg.dim < 256
+
+
+# How many micro-batches a rank's share of a step has, how many pieces a micro-batch, and how many
+# files a piece.
+Cut = namedtuple("Cut", ["micro_batches", "pieces", "files"])
 
 
 def cut_batch(
     args: argparse.Namespace, num_files: dict, num_views: dict, limits: dict, cfg, ranks: Ranks
-) -> dict[str, MicroBatch]:
+) -> dict[str, Cut]:
     """How a rank's share of a step is cut into micro-batches, and these into pieces, by kind.
 
     A micro-batch has --micro-batch views or, of those up to the limit, the largest number that
     divides the share. UserError for a batch that does not divide, or is larger than a data set.
     """
     check_batch(args, num_files, num_views, ranks.world)
-    micro_batches = {}
+    cuts = {}
     for kind in num_files:
         limit = limits[kind]
-        if cfg.dim < 256:
-            limit = DEMO_MICRO_BATCH
+        if is_small(cfg):
+            limit = SMALL_MICRO_BATCH
         elif ranks.device.type == "cpu":
             limit = min(limit, CPU_MICRO_BATCH)
         views = num_views[kind]  # of a file
@@ -481,10 +503,10 @@ def cut_batch(
         # Workers take turns, so one with much to read would hold up the others: 32 images or one
         # video take about 70 ms. The demo's files are so small that handing them over counts more.
         piece_files = math.gcd(32, files) if kind == "images" else 1
-        if cfg.dim < 256:
+        if is_small(cfg):
             piece_files = files
-        micro_batches[kind] = MicroBatch(share // files, files // piece_files, piece_files)
-    return micro_batches
+        cuts[kind] = Cut(share // files, files // piece_files, piece_files)
+    return cuts
 
 
 def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, world: int) -> None:
@@ -546,12 +568,12 @@ class Steps:
         kind, files = self.of_epoch(epoch)[i]
         return kind, epoch, files
 
-    def pieces(self, first_step: int, micro_batches: dict, ranks: Ranks) -> Iterator[list[Sample]]:
+    def pieces(self, first_step: int, cuts: dict[str, Cut], ranks: Ranks) -> Iterator[list[Sample]]:
         """What this rank's loader reads, a piece at a time: the rank's share of each step."""
         for step in range(first_step, self.total):
             kind, epoch, files = self.at(step)
             share = files.reshape(ranks.world, -1)[ranks.rank]
-            for piece in share.reshape(-1, micro_batches[kind].piece_files).tolist():
+            for piece in share.reshape(-1, cuts[kind].files).tolist():
                 yield [Sample(kind, epoch, index, self.num_views[kind]) for index in piece]
 
 
@@ -559,14 +581,13 @@ class Steps:
 # A run's folder: last.pt and log.jsonl, which rank 0 writes
 
 
-def fingerprint(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
-def fingerprint_of_files(paths: list[str], root: str) -> str:
-    """Tells data sets apart by the names of their files."""
-    names = "\n".join(os.fspath(path).removeprefix(str(root)) for path in paths)
-    return f"{len(paths)} files ({fingerprint(os.fsencode(names))})"
+def recipe_of(args: argparse.Namespace, model: omnimae.OmniMAE, paths: dict, roots: dict) -> dict:
+    """All that a resumed run must have in common with the one in its folder: the options that
+    matter, the files, and (before training changes it) the model that it starts from."""
+    recipe = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    recipe |= {name: getattr(model.cfg, name) for name in MODEL_OPTIONS}
+    recipe |= {"video_views": args.video_views, "init": fingerprint_of_start(args.init, model)}
+    return recipe | {kind: fingerprint_of_files(paths[kind], roots[kind]) for kind in paths}
 
 
 def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
@@ -578,6 +599,17 @@ def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
     return f"{name} (step {step}, {fingerprint(b''.join(some))})"
 
 
+def fingerprint_of_files(paths: list[str], root: str) -> str:
+    """Tells data sets apart by the names of their files."""
+    names = "\n".join(os.fspath(path).removeprefix(str(root)) for path in paths)
+    return f"{len(paths)} files ({fingerprint(os.fsencode(names))})"
+
+
+def fingerprint(content: bytes) -> str:
+    """Eight digits that differ where the content does."""
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
 def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) -> dict:
     """Continues from the folder's last.pt, if there is one, and returns its content.
 
@@ -587,9 +619,12 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
     path = out / "last.pt"
     out.mkdir(parents=True, exist_ok=True)
     file = omnimae.read_checkpoint(path) if path.exists() else {}
+
+    # All ranks must start alike. (Two machines may have other files under one name.)
     step = file.get("step", 0)
-    if ranks.sum(step)[0] != step * ranks.world:
-        raise UserError(f"not all machines see the same {path}: --out must be a shared folder")
+    number = int(fingerprint(repr(recipe).encode()), 16)
+    if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
+        raise UserError(f"not all machines see the same {path}, the same files and options")
     if not file:
         return file
 
@@ -618,34 +653,6 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
 
     ranks.say(f"resuming {out} after step {step}" + (f" with {changes}" if changed else ""))
     return file
-
-
-def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
-    """Saves a checkpoint atomically: a killed run leaves the old file or the new one. UserError if
-    a weight is not finite; OSError, with the old file in place, if the disk is full."""
-    model = states["model"]
-    if not all(weights.isfinite().all() for weights in model.parameters()):
-        raise UserError(
-            f"the weights of step {step} are not finite, and not saved: try a lower --lr"
-        )
-
-    content = {name: state.state_dict() for name, state in states.items()}
-    content |= {"config": asdict(model.cfg), "recipe": recipe, "step": step, **more}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        # PyTorch closes its archive on the way out, and what this raises hides the first error.
-        while error is not None and not isinstance(error, OSError):
-            error = error.__context__
-        if error is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 class Log:
@@ -700,11 +707,10 @@ class Log:
 
         now = time.monotonic()
         seconds = now - self.interval_began
+        steps_of_run = step - self.first_step
         views_per_second = (step - self.interval_step) * self.batch_size / seconds
         wait = self.waited / seconds
-        pace = (now - self.began) / (
-            step - self.first_step
-        )  # seconds a step, with all that is done
+        pace = (now - self.began) / steps_of_run  # seconds a step, looks and saves included
         left = time_left(pace * (self.total_steps - step))
         self.say(
             f"{label}  loss {loss:.3f}  lr {lr:.1e}  {views_per_second:.0f} views/s  "
@@ -753,7 +759,7 @@ class Views(Dataset):
         unreadable file, and reads a random one instead. UserError after twenty."""
         kind, epoch, index, _ = sample
         for attempt in range(20):
-            # The key's fifth number is 0 here and 1 + view in __getitem__.
+            # 0: the choice of file and clip. (1 + view, below: a view's crop and mask.)
             seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
             if attempt > 0:
                 index = int(torch.randint(len(self.paths[kind]), ()))
@@ -826,16 +832,6 @@ def share_memory(batch):
     return [share_memory(x) for x in batch] if isinstance(batch, list | tuple) else batch
 
 
-def join_pieces(pieces: Iterator, num: int, device: torch.device) -> list[Tensor]:
-    """A micro-batch from the loader's next pieces: what the dataset returns, as tensors (B, ...).
-    They are joined on the device: pieces come in pinned memory, whose copies do not wait."""
-    parts = []
-    for _ in range(num):
-        # (files, views, ...) -> (files x views, ...)
-        parts.append([x.to(device, non_blocking=True).flatten(0, 1) for x in next(pieces)])
-    return [torch.cat(tensors) for tensors in zip(*parts)]
-
-
 # ------------------------------------------------------------------------------------------------
 # In the loop
 
@@ -849,6 +845,44 @@ def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=WARMUP) ->
     return end + (peak - end) * 0.5 * (1 + cosine)
 
 
+def join_pieces(pieces: Iterator, num: int, device: torch.device) -> list[Tensor]:
+    """A micro-batch from the loader's next pieces: what the dataset returns, as tensors (B, ...).
+    They are joined on the device: pieces come in pinned memory, whose copies do not wait."""
+    parts = []
+    for _ in range(num):
+        # (files, views, ...) -> (files x views, ...)
+        parts.append([x.to(device, non_blocking=True).flatten(0, 1) for x in next(pieces)])
+    return [torch.cat(tensors) for tensors in zip(*parts)]
+
+
+def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
+    """Saves a checkpoint atomically: a killed run leaves the old file or the new one. UserError if
+    a weight is not finite; OSError, with the old file in place, if the disk is full."""
+    model = states["model"]
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise UserError(
+            f"the weights of step {step} are not finite, and not saved: try a lower --lr"
+        )
+
+    content = {name: state.state_dict() for name, state in states.items()}
+    content |= {"config": asdict(model.cfg), "recipe": recipe, "step": step, **more}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # PyTorch closes its archive on the way out, and what this raises hides the first error.
+        while error is not None and not isinstance(error, OSError):
+            error = error.__context__
+        if error is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
 @torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
 @torch.no_grad()
 def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: Log, autocast):
@@ -857,8 +891,8 @@ def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: L
     for kind, paths in dataset.paths.items():
         indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
         try:
-            samples = [dataset[Sample(kind, 0, index, 1)] for index in indices]  # always the same
-            pixels, visible = (torch.cat(x).to(log.ranks.device) for x in zip(*samples))
+            views = [dataset[Sample(kind, 0, index, 1)] for index in indices]  # always the same
+            pixels, visible = (torch.cat(x).to(log.ranks.device) for x in zip(*views))
             x = omnimae.normalize(pixels)
             with autocast:
                 loss, _, mask = model(x, visible)
@@ -878,7 +912,7 @@ def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: L
 
 
 # ------------------------------------------------------------------------------------------------
-# Options and errors, which the other scripts share
+# Options, and errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1010,7 +1044,7 @@ def run_script(main, parse_args) -> None:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             is_run = hasattr(args, "resume_anyway")
-            advice = "; the same command resumes from last.pt" if is_run else ""
+            advice = "; the same command continues from the last save" if is_run else ""
             print(f"\n{script}: interrupted{advice}", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
@@ -1086,7 +1120,7 @@ def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=3
     if Path(root).exists():
         return
     print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
-    shapes, motions, work = list(SHAPES), list(MOTIONS), Path(f"{root}.partial")
+    shapes, motions, work = list(SHAPES), list(MOTIONS), Path(f"{root}.{os.getpid()}.partial")
     clips, labels = work / "videos" / "20bn-something-something-v2", work / "videos" / "labels"
 
     def write_image(split, i):
@@ -1120,7 +1154,10 @@ def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=3
         list(pool.map(write_video, range(videos + val_videos)))
         list(pool.map(write_image, ["train"] * images, range(images)))
         list(pool.map(write_image, ["val"] * val_images, range(val_images)))
-    work.rename(root)
+    try:
+        work.rename(root)
+    except OSError:  # another process was faster, perhaps on another machine
+        shutil.rmtree(work)
 
 
 if __name__ == "__main__":
