@@ -46,15 +46,15 @@ from omnimae import UserError, read_classes
 
 # The recipe: the released configuration for ViT-B, except where a line says otherwise. (The mask
 # ratios, and the frames and seconds of a clip, belong to a model: see `OmniMAEConfig`.)
-EPOCHS = 800  # (paper: the released checkpoints took 1600.) An epoch has as many views as files
+# An epoch has as many views as there are files: one of each image, four of every fourth video.
+EPOCHS = 800  # the released checkpoints took 1600 (paper)
 BATCH_SIZE = 2048  # views in a step, over all processes
 LEARNING_RATE = 1.6e-3  # peak, for 2048 views; in proportion for other batches (this project)
 FIRST_LEARNING_RATE = 1e-6
 WARMUP = 0.05  # fraction of the steps in which the learning rate grows, linearly; then a cosine
 BETAS = (0.9, 0.95)  # of AdamW
 WEIGHT_DECAY = 0.05  # on matrices only, not on biases and LayerNorms
-VIDEO_VIEWS = 4  # of a video that is decoded once, each with its own crop and mask. So an epoch
-# takes every image, and every fourth video
+VIDEO_VIEWS = 4  # of a video that is decoded once, each with its own crop and mask
 IMAGE_CROP = (0.2, 1.0)  # fraction of the area
 VIDEO_CROP = (0.08, 1.0)
 IMAGE_FLIP = 0.5  # probability; videos are never flipped: SSv2's labels name directions
@@ -611,7 +611,7 @@ def fingerprint(content: bytes) -> str:
 
 
 def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) -> dict:
-    """Continues from the folder's last.pt, if there is one, and returns its content.
+    """Continues from the folder's last.pt, if there is one, and returns its "step" and "best".
 
     `states` are the model, the optimizer and the scaler, which take over what the file holds.
     UserError if the run in the folder had another recipe, unless `anyway`.
@@ -626,7 +626,7 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
     if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
         raise UserError(f"not all machines see the same {path}, the same files and options")
     if not file:
-        return file
+        return {}
 
     # The recipe must be the same, or what changes is named.
     old = file.get("recipe", {})
@@ -652,7 +652,7 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
         states["scaler"].load_state_dict(file["scaler"])
 
     ranks.say(f"resuming {out} after step {step}" + (f" with {changes}" if changed else ""))
-    return file
+    return {name: file[name] for name in ("step", "best") if name in file}
 
 
 class Log:
@@ -707,11 +707,11 @@ class Log:
 
         now = time.monotonic()
         seconds = now - self.interval_began
-        steps_of_run = step - self.first_step
         views_per_second = (step - self.interval_step) * self.batch_size / seconds
         wait = self.waited / seconds
-        pace = (now - self.began) / steps_of_run  # seconds a step, looks and saves included
-        left = time_left(pace * (self.total_steps - step))
+        # Looks and saves are included in the pace.
+        seconds_a_step = (now - self.began) / (step - self.first_step)
+        left = time_left(seconds_a_step * (self.total_steps - step))
         self.say(
             f"{label}  loss {loss:.3f}  lr {lr:.1e}  {views_per_second:.0f} views/s  "
             f"wait {wait:.0%}  {left} left",
