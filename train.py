@@ -1047,30 +1047,31 @@ def run_script(main, parse_args) -> None:
             advice = "; the same command continues from the last save" if is_run else ""
             print(f"\n{script}: interrupted{advice}", file=sys.stderr)
         sys.exit(130)
-    except UserError as error:
-        # A worker's error comes with its traceback.
-        sys.exit(f"{script}: " + str(error).rsplit("UserError: ", 1)[-1].strip())
-    except OSError as error:
-        named = error.filename and error.strerror
-        sys.exit(f"{script}: " + (f"{error.filename}: {error.strerror}" if named else str(error)))
-    except (RuntimeError, MemoryError) as error:
-        advice = advice_about(error, args)
-        if advice is None:
+    except Exception as error:
+        sentence = sentence_about(error, args)
+        if sentence is None:
             raise
-        sys.exit(f"{script}: {advice}")
+        sys.exit(f"{script}: {sentence}")
 
 
-def advice_about(error: Exception, args: argparse.Namespace) -> str | None:
-    """What to do about an error of the machine, or None if it is another."""
+def sentence_about(error: Exception, args: argparse.Namespace) -> str | None:
+    """What to tell a user about an error, or None if it is a mistake in the code."""
     message = f"{type(error).__name__}: {error}"
     if "shared memory" in message or "torch_shm" in message:
         return (
             "no room in /dev/shm, through which the loader's processes hand over data: enlarge it "
             "(docker run --shm-size=8g), or load in the main process (--workers 0)"
         )
-    if "DataLoader worker" in message:
+    lost_connection = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
+    if "DataLoader worker (pid" in message or lost_connection:
         return "a process of the loader was killed, perhaps for memory: try fewer --workers"
-    if any(x in message for x in ("MemoryError", "out of memory", "allocate memory")):
+    if isinstance(error, UserError | OSError):
+        if getattr(error, "filename", None) and error.strerror:
+            return f"{error.filename}: {error.strerror}"
+        last_line = str(error).strip().split("\n")[-1]  # a worker's error has its traceback before
+        return last_line.removeprefix("omnimae.UserError: ")
+    is_memory = isinstance(error, MemoryError | RuntimeError)
+    if is_memory and any(x in message for x in ("MemoryError", "out of memory", "allocate memory")):
         smaller = "a smaller --micro-batch" if hasattr(args, "micro_batch") else "fewer --workers"
         return f"out of memory: try {smaller}"
     return None
