@@ -555,10 +555,12 @@ def read_checkpoint(name: str | os.PathLike) -> dict:
         mmap = zipfile.is_zipfile(path)
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises many kinds
-        objects = re.findall(r"GLOBAL (\S+) was not", str(error))  # such as argparse.Namespace
-        reason = (
-            f"Python objects in it ({objects[0]}) are not loaded" if objects else one_line(error)
-        )
+        reason = one_line(error)
+        objects = re.findall(r"GLOBAL (\S+) was not", str(error))
+        if objects:  # such as argparse.Namespace
+            reason = f"Python objects in it ({objects[0]}) are not loaded"
+        elif "weights_only" in reason:  # PyTorch would advise to run whatever is in it
+            reason = "not a checkpoint, or a damaged one"
         raise UserError(f"{name}: PyTorch cannot load it: {reason}{advice}") from error
     if not isinstance(file, dict):
         raise UserError(f"{name}: not a checkpoint: expected a dict, got a {type(file).__name__}")
@@ -693,17 +695,18 @@ def _seconds_in(container, stream) -> Fraction:
     if stream.duration is not None:
         return stream.duration * stream.time_base
 
+    first_pts = stream.start_time or 0
     # Packets are read without decoding. Where the container knows its duration, those after the
     # last keyframe are enough. If there is none, read all.
-    offsets = [0]
+    offsets = [first_pts]
     if container.duration is not None:
         end = Fraction(container.duration, av.time_base) / stream.time_base
-        offsets = [math.floor(end), 0]
+        offsets = [math.floor(end), first_pts]
     for offset in offsets:
         container.seek(offset, stream=stream)
         times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
         if times:
-            return (max(times) - (stream.start_time or 0)) * stream.time_base
+            return (max(times) - first_pts) * stream.time_base
     return Fraction(0)
 
 

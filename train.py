@@ -875,12 +875,12 @@ def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # PyTorch closes its archive on the way out, and what this raises hides the first error.
-        while error is not None and not isinstance(error, OSError):
+        # PyTorch closes its archive on the way out, and what that raises hides the first error.
+        while error.__context__ is not None:
             error = error.__context__
-        if error is not None:
+        if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        raise error from None
 
 
 @torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
