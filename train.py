@@ -405,7 +405,13 @@ def describe(listing: Listing, kind: str, root: str) -> str:
         text += f" of {len(num):,} classes, {listing.classes[0]!r} to {listing.classes[-1]!r}, "
         text += f"{fewest:,} each" if fewest == most else f"{fewest:,} to {most:,} each"
     text += count_skipped({os.path.dirname(path) for path in listing.paths}, kind)
-    return textwrap.fill(text, 80, subsequent_indent="  ")
+    return wrap(text)
+
+
+def wrap(text: str) -> str:
+    """Breaks a text into lines of 80 columns, but not the names in it."""
+    names = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, 80, subsequent_indent="  ", **names)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -671,7 +677,7 @@ class Log:
         self.waited = 0.0  # for data, in seconds
 
         options = ", ".join(f"{name}={value}" for name, value in recipe.items())
-        ranks.say(textwrap.fill(f"recipe: {options}", 80, subsequent_indent="  "))
+        ranks.say(wrap(f"recipe: {options}"))
         self.write(first_step, recipe=recipe)
 
     def write(self, step: int, **line) -> None:
