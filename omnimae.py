@@ -715,8 +715,8 @@ def _upright(clip: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     display_matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if display_matrix is None:
         return clip
-    # Rows (a, b, u), (c, d, v), (x, y, w): a pixel at (p, q) is shown at (a p + c q, b p + d q),
-    # but for an offset.
+    # Its rows are (a, b, u), (c, d, v), (x, y, w). Apart from an offset, a pixel at (p, q) is shown
+    # at (a p + c q, b p + d q).
     a, b, _, c, d, *_ = np.frombuffer(display_matrix, np.int32).tolist()
     if abs(b) > abs(a):  # columns are shown as rows
         clip = clip.swapaxes(1, 2)

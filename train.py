@@ -626,7 +626,7 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
     out.mkdir(parents=True, exist_ok=True)
     file = omnimae.read_checkpoint(path) if path.exists() else {}
 
-    # All ranks must start alike. (Two machines may have other files under one name.)
+    # All ranks must start alike. (Two machines may have different files under one name.)
     step = file.get("step", 0)
     number = int(fingerprint(repr(recipe).encode()), 16)
     if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
@@ -1086,6 +1086,8 @@ def sentence_about(error: Exception, args: argparse.Namespace) -> str | None:
 # ------------------------------------------------------------------------------------------------
 # The demo data set: small, but real files in the layouts of ImageNet and SSv2
 
+HEIGHT = 72
+WIDTH = 96
 SHAPES = {  # a shape is where its function of x and y (right and down, about -1 to 1) is under 1
     "circle": lambda x, y: np.hypot(x, y) * 1.1,
     "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) * 3.2, np.maximum(abs(x), abs(y))),
@@ -1097,25 +1099,39 @@ SHAPES = {  # a shape is where its function of x and y (right and down, about -1
     "triangle": lambda x, y: np.maximum(y + 0.4, 1.5 * abs(x) - y) * 1.05,
 }
 MOTIONS = {  # what changes from the first frame to the last: x, y, size and angle
-    "Growing [something]": (0, 0, 1, 0), "Moving [something] down": (0, 1, 0, 0),
+    "Growing [something]": (0, 0, 1, 0),
+    "Moving [something] down": (0, 1, 0, 0),
     "Moving [something] to the left": (-1, 0, 0, 0),
-    "Moving [something] to the right": (1, 0, 0, 0), "Moving [something] up": (0, -1, 0, 0),
-    "Shrinking [something]": (0, 0, -1, 0), "Turning [something] clockwise": (0, 0, 0, 1),
+    "Moving [something] to the right": (1, 0, 0, 0),
+    "Moving [something] up": (0, -1, 0, 0),
+    "Shrinking [something]": (0, 0, -1, 0),
+    "Turning [something] clockwise": (0, 0, 0, 1),
     "Turning [something] counterclockwise": (0, 0, 0, -1),
-}  # fmt: skip
+}
 
 
 def draw_shape(rng, shape: str, num_frames=1, motion=(0, 0, 0, 0), angle=0.0) -> np.ndarray:
     """One large shape, uint8 (T, 72, 96, 3). The background is brighter above, the shape below."""
-    y, x = np.mgrid[:72, :96] - np.array([36, 48])[:, None, None]
-    t = np.linspace(-0.5, 0.5, num_frames)[:, None, None] * (num_frames > 1)  # (T, 1, 1)
-    x0, y0 = rng.uniform(-14, 14) + 32 * motion[0] * t, rng.uniform(-8, 8) + 26 * motion[1] * t
-    size, turn = rng.uniform(20, 28) * np.exp(motion[2] * t), angle + 2.4 * motion[3] * t
-    u = (np.cos(turn) * (x - x0) + np.sin(turn) * (y - y0)) / size
-    v = (np.cos(turn) * (y - y0) - np.sin(turn) * (x - x0)) / size
-    inside = np.clip((1 - SHAPES[shape](u, v)) * size / 2 + 0.5, 0, 1)[..., None]  # soft edge
-    above = -y[..., None] / 72  # from -0.5 at the bottom to 0.5 at the top
-    dark, bright = rng.uniform(0, 60, 3), rng.uniform(195, 255, 3)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    y = y - HEIGHT // 2
+    x = x - WIDTH // 2
+    t = np.zeros((1, 1, 1))
+    if num_frames > 1:
+        t = np.linspace(-0.5, 0.5, num_frames)[:, None, None]  # (T, 1, 1)
+
+    # Where the shape is, how large, and how far it is turned, in each frame (T, 1, 1).
+    move_x, move_y, grow, turn = motion
+    centre_x = rng.uniform(-14, 14) + 32 * move_x * t
+    centre_y = rng.uniform(-8, 8) + 26 * move_y * t
+    size = rng.uniform(20, 28) * np.exp(grow * t)
+    angle = angle + 2.4 * turn * t
+    u = (np.cos(angle) * (x - centre_x) + np.sin(angle) * (y - centre_y)) / size
+    v = (np.cos(angle) * (y - centre_y) - np.sin(angle) * (x - centre_x)) / size
+    inside = np.clip((1 - SHAPES[shape](u, v)) * size / 2 + 0.5, 0, 1)[..., None]  # a soft edge
+
+    above = -y[..., None] / HEIGHT  # from -0.5 at the bottom to 0.5 at the top
+    dark = rng.uniform(0, 60, 3)
+    bright = rng.uniform(195, 255, 3)
     wall = dark + (bright - dark) * (above + 0.5)
     front = rng.permutation([30, 230, rng.uniform(30, 230)]) * (0.8 - above)
     return (wall + (front - wall) * inside).clip(0, 255).astype(np.uint8)
@@ -1127,36 +1143,44 @@ def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=3
     if Path(root).exists():
         return
     print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
-    shapes, motions, work = list(SHAPES), list(MOTIONS), Path(f"{root}.{os.getpid()}.partial")
-    clips, labels = work / "videos" / "20bn-something-something-v2", work / "videos" / "labels"
+    shapes = list(SHAPES)
+    motions = list(MOTIONS)
+    work = Path(f"{root}.{os.getpid()}.partial")
+    clips = work / "videos" / "20bn-something-something-v2"
+    labels = work / "videos" / "labels"
+    clips.mkdir(parents=True)
+    labels.mkdir()
 
-    def write_image(split, i):
-        rng, shape = np.random.default_rng([0, split == "val", i]), shapes[i % 8]
+    def write_image(split: str, i: int) -> None:
+        shape = shapes[i % 8]
+        rng = np.random.default_rng([0, split == "val", i])
         path = work / "images" / split / shape / f"{shape}_{i}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(draw_shape(rng, shape)[0]).save(path, quality=95)
 
-    def write_video(i):
+    def write_video(i: int) -> None:
         rng = np.random.default_rng([1, i])
         shape = ("half", "star", "triangle", "square")[rng.integers(4)]  # whose rotation is visible
-        num_frames, motion = int(rng.integers(24, 49)), MOTIONS[motions[i % 8]]
+        num_frames = int(rng.integers(24, 49))
+        motion = MOTIONS[motions[i % 8]]
         frames = draw_shape(rng, shape, num_frames, motion, angle=rng.uniform(0, 2 * np.pi))
         with av.open(clips / f"{i + 1}.webm", "w", options={"fflags": "bitexact"}) as file:
             options = {"deadline": "realtime", "cpu-used": "8"}
             stream = file.add_stream("libvpx-vp9", rate=12, options=options)
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            stream.bit_rate, stream.codec_context.thread_count = 500_000, 1
+            stream.height = HEIGHT
+            stream.width = WIDTH
+            stream.pix_fmt = "yuv420p"
+            stream.bit_rate = 500_000
+            stream.codec_context.thread_count = 1
             for frame in frames:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             file.mux(stream.encode(None))
 
-    for folder in (clips, labels):
-        folder.mkdir(parents=True, exist_ok=True)
     samples = [{"id": str(i + 1), "template": motions[i % 8]} for i in range(videos + val_videos)]
-    names = {x.replace("[", "").replace("]", ""): str(i) for i, x in enumerate(motions)}
-    lists = {"labels": names, "train": samples[:videos], "validation": samples[videos:]}
-    for name, content in lists.items():
-        (labels / f"{name}.json").write_text(json.dumps(content))
+    names = {motion.replace("[", "").replace("]", ""): str(i) for i, motion in enumerate(motions)}
+    (labels / "labels.json").write_text(json.dumps(names))
+    (labels / "train.json").write_text(json.dumps(samples[:videos]))
+    (labels / "validation.json").write_text(json.dumps(samples[videos:]))
     with ThreadPoolExecutor() as pool:
         list(pool.map(write_video, range(videos + val_videos)))
         list(pool.map(write_image, ["train"] * images, range(images)))
