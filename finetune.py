@@ -65,7 +65,7 @@ LARGER_RECIPES = {
 }
 LARGER_IMAGE_EPOCHS = 50
 
-BETAS = (0.9, 0.999)  # of AdamW
+BETAS = (0.9, 0.999)  # AdamW's
 LAST_LEARNING_RATE = 1e-6  # the cosine ends here
 LABEL_SMOOTHING = 0.1
 MIXUP_ALPHA = 0.8
@@ -128,15 +128,17 @@ def main(args: argparse.Namespace) -> None:
     recipe[kind] = train.fingerprint_of_files(listing.paths, root)
     recipe["classes"] = f"{len(classes)} ({train.fingerprint(repr(classes).encode())})"
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    resumed = train.resume(out, recipe, states, args.resume_anyway, ranks)  # {} for a new run
+    resumed = train.resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
     best = resumed.get("best", -1.0)  # top-1 on the held-out files, in %
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    ranks.say(f"{steps.total:,} steps of {args.batch_size}; log, last.pt and best.pt: {out}/")
+    views = train.describe_cuts(cuts, {kind: 1})
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {views}")
+    ranks.say(f"log, last.pt and best.pt: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
-    samples = steps.pieces(first_step, cuts, ranks)
-    pieces = iter(train.make_loader(dataset, args, ranks, samples, ready=2 * cuts[kind].pieces))
+    to_read = steps.pieces(first_step, cuts, ranks)
+    pieces = iter(train.make_loader(dataset, args, ranks, to_read, ready=2 * cuts[kind].pieces))
     val_loader = file_loader(validation, kind, cfg, 1, args, ranks)  # one clip and crop, for speed
     saved_at = time.monotonic()
 

@@ -6,10 +6,12 @@
 Read from the top: the recipe, `main` with the training loop, then what `main` calls, in the order
 of its first use; last the options, and the demo data set.
 
-Random numbers are a function of (seed, epoch, file, view), the order of files of (seed, epoch). So
-a step's files, crops and masks depend neither on the number of processes, workers or micro-batches
-nor on a restart: with one or two processes on CPUs, a resumed run ends with the same weights, bit
-for bit, as one that was never stopped.
+A view's random numbers depend only on (seed, epoch, file, view), the order of files only on (seed,
+epoch). So a step's files, crops and masks depend neither on the number of processes, workers or
+micro-batches nor on a restart: with one or two processes on CPUs, a resumed run ends with the same
+weights, bit for bit, as one that was never stopped.
+
+finetune.py and eval.py import from here: a parameter that `main` never gives is one of theirs.
 """
 
 import argparse
@@ -46,13 +48,14 @@ from omnimae import UserError, read_classes
 
 # The recipe: the released configuration for ViT-B, except where a line says otherwise. (The mask
 # ratios, and the frames and seconds of a clip, belong to a model: see `OmniMAEConfig`.)
-# An epoch has as many views as there are files: one of each image, four of every fourth video.
+# An epoch has as many views as there are files: one of each image, four of a random quarter of the
+# videos.
 EPOCHS = 800  # the released checkpoints took 1600 (paper)
 BATCH_SIZE = 2048  # views in a step, over all processes
 LEARNING_RATE = 1.6e-3  # peak, for 2048 views; in proportion for other batches (this project)
 FIRST_LEARNING_RATE = 1e-6
 WARMUP = 0.05  # fraction of the steps in which the learning rate grows, linearly; then a cosine
-BETAS = (0.9, 0.95)  # of AdamW
+BETAS = (0.9, 0.95)  # AdamW's
 WEIGHT_DECAY = 0.05  # on matrices only, not on biases and LayerNorms
 VIDEO_VIEWS = 4  # of a video that is decoded once, each with its own crop and mask
 IMAGE_CROP = (0.2, 1.0)  # fraction of the area
@@ -80,23 +83,25 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks(args.device)  # this process among torchrun's
     out = Path(args.out)
 
-    # The files to train on, and those of which some are scored and drawn ten times a run: held-out
-    # files, if there are any.
-    roots, splits, paths, looks_at = {}, {}, {}, {}
+    # The files to train on. And files to look at, ten times a run: held-out ones if there are any,
+    # else training files.
+    roots, listings, look_splits, look_paths = {}, {}, {}, {}
     for kind in KINDS:
         if getattr(args, kind):
             root = data_root(getattr(args, kind), kind, ranks)
-            listing = list_media(root, kind)
-            ranks.say(describe(listing, kind, root))
             roots[kind] = root
-            splits[kind] = "val" if validation_split(root, kind) else "train"
-            paths[kind] = listing.paths
-            looks_at[kind] = list_media(root, kind, splits[kind]).paths
+            listings[kind] = list_media(root, kind)
+            look_splits[kind] = "val" if validation_split(root, kind) else "train"
+            look_paths[kind] = list_media(root, kind, look_splits[kind]).paths
+            ranks.say(describe(listings[kind], kind, root))
+    paths = {kind: listings[kind].paths for kind in listings}
 
     # The model. Every rank draws the same weights, from the same seed.
     cfg = config_of(args)
     for kind in paths:
-        omnimae.random_mask(1, *cfg.masking(kind))  # UserError for a ratio that masks none or all
+        omnimae.random_mask(
+            1, *cfg.masking(kind)
+        )  # called to refuse a ratio that masks none or all
     torch.manual_seed(args.seed)
     if args.init:
         model = ranks.first_then_others(load_init, args.init, cfg, args.clip_seconds)
@@ -105,32 +110,35 @@ def main(args: argparse.Namespace) -> None:
         model = omnimae.OmniMAE(cfg)
     parallel = prepare(model, args, ranks)  # wrapped in DDP if there are several ranks
     autocast, scaler = precision(args.dtype, ranks.device, cfg)
-    matrices = [x for x in model.parameters() if x.ndim > 1]  # the mask token counts as one
+    matrices = [x for x in model.parameters() if x.ndim > 1]  # the mask token among them
     vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorms
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
     # The steps. A step takes a batch of one kind, of which each rank takes its share. A share is
     # cut into micro-batches of as many views as a device holds. A micro-batch is joined from
-    # pieces, of a few files each, which the loader's workers read.
+    # pieces, of a few files each, which the loader's workers read. For example ViT-B on 8 GPUs, a
+    # batch of 2048: a rank's share is 256 views. Of images, that is one micro-batch, of 8 pieces of
+    # 32 files. Of videos, 64 files, it is 4 micro-batches of 64 clips, each of 16 pieces of 1 file.
     num_files = {kind: len(paths[kind]) for kind in paths}
-    num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of a file
+    num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of one file
     cuts = cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
     steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
 
     # Continue where last.pt ends, if there is one.
     recipe = recipe_of(args, model, paths, roots)
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    resumed = resume(out, recipe, states, args.resume_anyway, ranks)  # {} for a new run
+    resumed = resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
 
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    ranks.say(f"{steps.total:,} steps of {args.batch_size} views; log, pictures, last.pt: {out}/")
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {describe_cuts(cuts, num_views)}")
+    ranks.say(f"log, pictures and last.pt: {out}/")
     dataset = Views(cfg, paths, args.seed)
-    looks = Views(cfg, looks_at, args.seed, centre_crop=True)
-    samples = steps.pieces(first_step, cuts, ranks)
+    look_dataset = Views(cfg, look_paths, args.seed, centre_crop=True)
+    to_read = steps.pieces(first_step, cuts, ranks)
     ready = 2 * max(cut.pieces for cut in cuts.values())
-    pieces = iter(make_loader(dataset, args, ranks, samples, ready))
+    pieces = iter(make_loader(dataset, args, ranks, to_read, ready))
     saved_at = time.monotonic()
 
     for step in range(first_step, steps.total):
@@ -139,21 +147,23 @@ def main(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward. The gradients of the micro-batches add up. DDP averages them over
-        # the ranks once a step, with the last one.
+        # Forward and backward. The loader walks the same steps in the same order: its next pieces
+        # are this step's. The gradients of the micro-batches add up. DDP averages them over the
+        # ranks once a step, with the last micro-batch.
         accumulate = cuts[kind].micro_batches
         mean_loss = torch.zeros((), device=ranks.device)
         for i in range(accumulate):
             with log.waiting():
                 pixels, visible = join_pieces(pieces, cuts[kind].pieces, ranks.device)
             x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W), from uint8
-            parallel.require_backward_grad_sync = i == accumulate - 1  # without DDP, of no effect
+            parallel.require_backward_grad_sync = i == accumulate - 1  # no effect without DDP
             with autocast:
                 loss, _, _ = parallel(x, visible)  # visible: the indices of visible patches (B, V)
             scaler.scale(loss / accumulate).backward()
             mean_loss += loss.detach() / accumulate
 
-        # The update. (To clip gradients: scaler.unscale_(optimizer), then clip_grad_norm_, here.)
+        # The update. (To clip gradients: scaler.unscale_(optimizer), then clip_grad_norm_, here. A
+        # new option belongs in `recipe_of`.)
         scaler.step(optimizer)  # without float16, just optimizer.step()
         scaler.update()
         optimizer.zero_grad()
@@ -164,20 +174,22 @@ def main(args: argparse.Namespace) -> None:
         if done == 1 or done % args.log_every == 0 or is_last:
             log.report(done, kind, mean_loss, lr, scaler)
 
-        # Rank 0 alone decides when to save. It saves before it looks, so that a look costs nothing.
+        # Rank 0 alone decides when to save. It saves before it looks: if that crashes, no step is
+        # lost. Meanwhile the others wait in their next step.
         look_now = done % math.ceil(steps.total / 10) == 0 or is_last
         save_now = look_now or time.monotonic() - saved_at > 60 * args.save_minutes
         if save_now and ranks.rank == 0:
             save(out / "last.pt", done, recipe, states)
             saved_at = time.monotonic()
         if look_now and ranks.rank == 0:
-            look(model, looks, splits, out, done, log, autocast)
+            look(model, look_dataset, look_splits, out, done, log, autocast)
             log.begin_interval(done)  # looking does not count in views/s
 
     ranks.close()
     ranks.say(f"done: {out}/last.pt; reconstructions in {out}/pictures/. Next:")
     for kind in paths:
-        ranks.say(f"torchrun finetune.py --checkpoint {out}/last.pt --{kind} {getattr(args, kind)}")
+        command = f"torchrun finetune.py --checkpoint {out}/last.pt --{kind} {getattr(args, kind)}"
+        ranks.say(command if listings[kind].labels else f"finetuning needs class folders of {kind}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,8 +209,8 @@ class Ranks:
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"no GPU for process {self.local_rank}: give --device cpu")
             torch.cuda.set_device(self.local_rank)
-        # What `sum` sums. It lives as long as the process group: if gloo's thread dropped the last
-        # reference to a tensor, it would wait for Python's lock, and a fork or exit could hang.
+        # The buffer of `sum`. It lives as long as the process group: gloo's thread would wait for
+        # Python's lock to drop the last reference to a tensor, and a fork or an exit could hang.
         self.numbers = torch.zeros(4, dtype=torch.float64)
         if self.world > 1:
             join_group(self.rank, self.world, self.device)
@@ -342,7 +354,7 @@ def list_ssv2(root: Path, split: str) -> Listing:
     folder = root / "20bn-something-something-v2"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected SSv2's videos in it")
-    file_names = {os.path.splitext(name)[0]: name for name in os.listdir(folder)}
+    file_names = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(folder))}
 
     path = root / "labels" / f"{split}.json"
     paths, labels = [], []
@@ -515,6 +527,13 @@ def cut_batch(
     return cuts
 
 
+def describe_cuts(cuts: dict[str, Cut], num_views: dict[str, int]) -> str:
+    """Says how many views a device takes at once."""
+    views = {kind: cuts[kind].pieces * cuts[kind].files * num_views[kind] for kind in cuts}
+    parts = [f"{views[kind]} of {kind}" for kind in cuts]
+    return f"at once on a device: {' or '.join(parts)}"
+
+
 def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, world: int) -> None:
     """UserError for a --batch-size that does not fit, which names the largest one that does."""
     unit = world  # what the batch must be a multiple of
@@ -607,7 +626,8 @@ def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
 
 def fingerprint_of_files(paths: list[str], root: str) -> str:
     """Tells data sets apart by the names of their files."""
-    names = "\n".join(os.fspath(path).removeprefix(str(root)) for path in paths)
+    root = str(Path(root))  # as the paths begin: without a slash at the end
+    names = "\n".join(os.fspath(path).removeprefix(root) for path in paths)
     return f"{len(paths)} files ({fingerprint(os.fsencode(names))})"
 
 
@@ -616,11 +636,14 @@ def fingerprint(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:8]
 
 
-def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) -> dict:
-    """Continues from the folder's last.pt, if there is one, and returns its "step" and "best".
+def resume(
+    out: Path, recipe: dict, states: dict, total_steps: int, anyway: bool, ranks: Ranks
+) -> dict:
+    """Continues from the folder's last.pt, if there is one. Returns its "step" and, in finetuning,
+    its "best" accuracy; {} for a new run.
 
     `states` are the model, the optimizer and the scaler, which take over what the file holds.
-    UserError if the run in the folder had another recipe, unless `anyway`.
+    UserError if the run in the folder had another recipe, unless `anyway`, or has no step left.
     """
     path = out / "last.pt"
     out.mkdir(parents=True, exist_ok=True)
@@ -644,6 +667,9 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
             "it with the new values: --resume-anyway"
         )
 
+    if changed and step >= total_steps:
+        raise UserError(f"{path} has done {step} steps, and all of this run are {total_steps}")
+
     # An optimizer's state holds its options as well: the new ones stay.
     optimizer = states["optimizer"]
     new_options = [dict(group) for group in optimizer.param_groups]
@@ -659,6 +685,34 @@ def resume(out: Path, recipe: dict, states: dict, anyway: bool, ranks: Ranks) ->
 
     ranks.say(f"resuming {out} after step {step}" + (f" with {changes}" if changed else ""))
     return {name: file[name] for name in ("step", "best") if name in file}
+
+
+def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
+    """Saves a checkpoint atomically: a killed run leaves the old file or the new one. UserError if
+    a weight is not finite; OSError, with the old file in place, if the disk is full."""
+    model = states["model"]
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise UserError(
+            f"the weights of step {step} are not finite, and not saved: try a lower --lr"
+        )
+
+    content = {name: state.state_dict() for name, state in states.items()}
+    content |= {"config": asdict(model.cfg), "recipe": recipe, "step": step, **more}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # PyTorch closes its archive on the way out, and what that raises hides the first error.
+        while error.__context__ is not None:
+            error = error.__context__
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise error from None
 
 
 class Log:
@@ -861,57 +915,35 @@ def join_pieces(pieces: Iterator, num: int, device: torch.device) -> list[Tensor
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
-def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
-    """Saves a checkpoint atomically: a killed run leaves the old file or the new one. UserError if
-    a weight is not finite; OSError, with the old file in place, if the disk is full."""
-    model = states["model"]
-    if not all(weights.isfinite().all() for weights in model.parameters()):
-        raise UserError(
-            f"the weights of step {step} are not finite, and not saved: try a lower --lr"
-        )
-
-    content = {name: state.state_dict() for name, state in states.items()}
-    content |= {"config": asdict(model.cfg), "recipe": recipe, "step": step, **more}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        # PyTorch closes its archive on the way out, and what that raises hides the first error.
-        while error.__context__ is not None:
-            error = error.__context__
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise error from None
-
-
 @torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
 @torch.no_grad()
 def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: Log, autocast):
     """Logs the loss of 32 files of each kind, beside that of predicting 0, and draws the first.
     What goes wrong here, such as unreadable files, is printed and does not end the run."""
+    device = log.ranks.device
     for kind, paths in dataset.paths.items():
         indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
+        losses, zero_losses = [], []
         try:
-            views = [dataset[Sample(kind, 0, index, 1)] for index in indices]  # always the same
-            pixels, visible = (torch.cat(x).to(log.ranks.device) for x in zip(*views))
-            x = omnimae.normalize(pixels)
-            with autocast:
-                loss, _, mask = model(x, visible)
-                picture = omnimae.draw_reconstruction(model, x[0], mask[0])
+            for index in indices:
+                pixels, visible = dataset[Sample(kind, 0, index, 1)]  # always the same view
+                x = omnimae.normalize(pixels.to(device))
+                with autocast:
+                    loss, _, mask = model(x, visible.to(device))
+                    if index == 0:
+                        picture = omnimae.draw_reconstruction(model, x[0], mask[0])
+                masked = omnimae.to_patches(x, model.cfg)[0][mask]  # (M, P)
+                target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked[None]))
+                losses.append(loss.item())
+                zero_losses.append(target.square().mean().item())
             (out / "pictures").mkdir(exist_ok=True)
             picture.save(out / "pictures" / f"{kind}_{step:06d}.png")
         except (UserError, OSError) as error:
             print(f"no look at {kind}: {error}", file=sys.stderr, flush=True)
             continue
 
-        masked = omnimae.to_patches(x, model.cfg)[0][mask]  # (B M, P)
-        target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked[None]))
-        loss, zero = loss.item(), target.square().mean().item()
+        loss = np.mean(losses)
+        zero = np.mean(zero_losses)
         name = f"{splits[kind]} {kind}"
         text = f"{name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
         log.say(text, step, label=name, look_loss=loss, zero_loss=zero)
