@@ -751,6 +751,24 @@ def test_python_objects_in_a_file_are_not_loaded_but_named(classifier, tmp_path)
         omnimae.load_checkpoint(path)
 
 
+def test_an_averaged_model_loads(classifier, tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(classifier)
+    torch.save({"model": averaged.state_dict(), "config": asdict(TINY)}, tmp_path / "own.pt")
+    loaded = omnimae.load_checkpoint(tmp_path / "own.pt")
+    same_bits(loaded.state_dict(), classifier.state_dict())
+
+
+def test_the_reason_why_pytorch_cannot_load_a_file_is_passed_on(classifier, tmp_path, monkeypatch):
+    path = save_model(classifier, tmp_path / "own.pt")
+
+    def too_large(*_, **__):
+        raise RuntimeError("unable to mmap 9 bytes: Cannot allocate memory")
+
+    monkeypatch.setattr(torch, "load", too_large)
+    with pytest.raises(UserError, match="allocate"):
+        omnimae.load_checkpoint(path)
+
+
 # ------------------------------------------------------------------------------------------------
 # Names of classes
 
@@ -771,6 +789,19 @@ def test_other_files_of_class_names_are_errors_that_name_the_file(content, tmp_p
     path.write_text(content)
     with pytest.raises(UserError, match="labels.json"):
         omnimae.read_classes(path)
+
+
+def test_a_list_of_classes_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text('{"é": "1", "a": "0"}', encoding="utf-8-sig")
+    assert omnimae.read_classes(path) == ["a", "é"]
+
+
+@pytest.mark.parametrize("content", ['["a", "b"]', '{"0": "a", "1": "b"}', '{"a": 0, "b": 2}'])
+def test_a_list_of_another_form_is_an_error_that_names_it(content, tmp_path):
+    (tmp_path / "labels.json").write_text(content)
+    with pytest.raises(UserError, match="labels.json"):
+        omnimae.read_classes(tmp_path / "labels.json")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1089,6 +1120,33 @@ def test_a_broken_film_is_an_error_that_names_it(fault, tmp_path):
     break_file(path, fault)
     with pytest.raises(UserError, match="bad.mp4"):
         omnimae.read_clips(path, [0, 0.5], 4)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_a_long_film_is_not_read_whole_for_a_clip(suffix, tmp_path):
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    noise = np.random.default_rng(0).integers(0, 256, (200, 96, 128, 3), np.uint8)  # 20 seconds
+    path = write_video(tmp_path / f"long.{suffix}", noise, 10, "mjpeg", pix_fmt="yuvj420p")
+    before = bytes_read()
+    omnimae.read_clips(path, [0.5], 4, clip_seconds=1.0)
+    assert bytes_read() - before < path.stat().st_size / 3
+
+
+def test_sound_with_a_cover_is_no_film(tmp_path):
+    path = tmp_path / "song.m4v"
+    with av.open(str(path), "w", format="mp4") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width = 64
+        cover.height = 64
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        picture = np.zeros((64, 64, 3), np.uint8)
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(cover.encode(None))
+    with pytest.raises(UserError, match="song.m4v"):
+        omnimae.read_clip(path, 0, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1449,6 +1507,14 @@ def test_a_resumed_run_reads_what_an_unbroken_one_reads_from_there_on(step):
     assert resumed == pieces_of(steps_of(), micro_batch=4)[4 * step :]
 
 
+def test_an_epoch_of_a_million_files_is_laid_out_at_once():
+    began = time.process_time()
+    steps = train.Steps({"images": 1_281_167, "videos": 168_913}, VIEWS, 2048, 800, 0)
+    for step in range(100):
+        steps.at(step)
+    assert time.process_time() - began < 1
+
+
 # ------------------------------------------------------------------------------------------------
 # How a step is cut into what a device takes at once
 
@@ -1535,6 +1601,13 @@ def test_gradient_and_loss_are_means_over_micro_batches(pretrain, monkeypatch):
     parts = pretrain("--micro-batch", 2, out="parts")
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
     assert log_of(parts, "loss") == pytest.approx(log_of(whole, "loss"), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [100, 2048])
+def test_a_worker_reads_at_most_32_images_or_one_video_at_a_time(batch_size):
+    cut, _ = cut_of("vit_b", "cuda", 1, MANY, batch_size=batch_size)
+    assert 32 % cut["images"].files == 0
+    assert cut["videos"].files == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1805,6 +1878,44 @@ def test_twenty_unreadable_files_in_a_row_are_an_error(capsys):
     with pytest.raises(UserError, match="20 images"):
         views[train.Sample("images", 0, 0, 1)]
     assert len(capsys.readouterr().err.splitlines()) == 20
+
+
+def tensors_shared_by_a_worker(loader) -> list:
+    """Whether a worker's tensors are in shared memory when they leave its collate function: moved
+    there later, in a thread of the worker, a lack of memory would never be told."""
+    collate = loader.collate_fn
+    loader.collate_fn = lambda samples: [x.is_shared() for x in tensors_in(collate(samples))]
+    return list(loader)
+
+
+def tensors_in(batch) -> list[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, list | tuple):
+        return [x for part in batch for x in tensors_in(part)]
+    return []
+
+
+def test_pretrainings_pixels_and_indices_are_shared_by_the_worker(maps):
+    views = train.Views(TINY, {"images": [maps["images"]]}, 0)
+    samples = [[train.Sample("images", 0, 0, 1)] * 2]
+    loader = train.make_loader(views, Namespace(workers=1), train.Ranks("cpu"), samples, 1)
+    assert tensors_shared_by_a_worker(loader) == [[True, True]]
+
+
+def test_finetunings_pixels_labels_and_boxes_are_shared_by_the_worker(maps):
+    listing = train.Listing([maps["images"]], [0], ["a"])
+    files = finetune.Labelled(TINY, "images", listing, 0, "full")
+    samples = [[train.Sample("images", 0, 0, 1)] * 2]
+    loader = train.make_loader(files, Namespace(workers=1), train.Ranks("cpu"), samples, 1)
+    assert tensors_shared_by_a_worker(loader) == [[True, True, True]]
+
+
+def test_evaluations_pixels_are_shared_by_the_worker(maps):
+    listing = train.Listing([maps["videos"]], [0], ["a"])
+    args = Namespace(workers=1)
+    loader = evaluation.file_loader(listing, "videos", TINY, 1, args, train.Ranks("cpu"))
+    assert tensors_shared_by_a_worker(loader) == [[True]]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2252,6 +2363,32 @@ def test_a_value_without_a_sense_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         train.parse_args([option])
     assert f"argument {option.split('=')[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (RuntimeError("unable to open shared memory object: No space left"), "/dev/shm"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
+        (ConnectionResetError(104, "reset by peer"), "--workers"),  # killed while it handed over
+        (RuntimeError("CUDA out of memory"), "--micro-batch"),
+        (OSError(28, "No space left on device", "last.pt"), "last.pt: No space"),
+    ],
+)
+def test_an_error_of_the_machine_is_told_with_its_cure(error, word):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit, match=word):
+        train.run_script(main, lambda: Namespace(micro_batch=None))
+
+
+def test_another_error_keeps_its_traceback():
+    def main(args):
+        raise ValueError("not enough values to unpack")
+
+    with pytest.raises(ValueError, match="unpack"):
+        train.run_script(main, Namespace)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2902,6 +3039,48 @@ def test_a_model_of_other_classes_is_an_error(classes, word, run_script, tmp_pat
         run_script(evaluation, "--checkpoint", checkpoint, images=True)  # of 8 classes
 
 
+@pytest.mark.parametrize("noise", ["videos"], indirect=True)
+def test_evaluation_shows_its_progress_at_each_tenth(noise, run_script, capsys):
+    run_script(evaluation, "--checkpoint", noise.checkpoint, "--videos", noise.root)
+    lines = re.findall(r"(\d+) of 13 files.* (\d+\.\d+)%", capsys.readouterr().out)
+    assert {10 * int(done) // 13 for done, _ in lines} == set(range(1, 10))
+
+    is_right = []
+    for path in train.list_media(noise.root, "videos", "val").paths:
+        file = noise.files.get(path)  # None for the broken one
+        is_right.append(file is not None and int(file.logits.argmax()) == file.label)
+    for done, top1 in lines:
+        expected = 100 * np.mean(is_right[: int(done)])
+        assert float(top1) == pytest.approx(expected, abs=0.006)
+
+
+def test_progress_is_also_shown_after_half_a_minute(monkeypatch, capsys):
+    seconds = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+    progress = evaluation.Progress(1000, train.Ranks("cpu"))
+    for done in range(1, 10):
+        seconds += 16
+        progress.show(done, 50.0)
+    assert re.findall(r"(\d+) of 1,000", capsys.readouterr().out) == ["2", "4", "6", "8"]
+
+
+@pytest.mark.parametrize(("pattern", "is_warned"), [("dog{}", True), ("n{:08}", False)])
+def test_a_warning_if_folders_are_not_named_like_imagenets(
+    pattern, is_warned, run_script, tmp_path, capsys
+):
+    folders = [f"val/{pattern.format(i)}/1.png" for i in range(1000)]
+    root = touch(tmp_path / "data", *folders)
+    checkpoint = save_model(Classifier(TINY, 1000), tmp_path / "model.pt")
+    run_script(evaluation, "--checkpoint", checkpoint, "--images", root)
+    assert ("warning:" in capsys.readouterr().out) == is_warned
+
+
+def test_all_is_refused_for_files(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse_args(["--checkpoint", "x", "--all", "dog.jpg"])
+    assert "--all" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------
 # Evaluation of single files
 
@@ -3038,6 +3217,13 @@ def test_ctrl_c_ends_a_run_with_advice_and_code_130(small, tmp_path, monkeypatch
     assert end_of(train, *options, "--out", tmp_path, "--device", "cpu", "--workers", 0) == 130
     [line] = capsys.readouterr().err.strip().splitlines()
     assert "same command" in line
+
+
+def test_a_folder_without_media_is_an_error_that_names_it(run_script, tmp_path):
+    checkpoint = save_model(Classifier(TINY, 3), tmp_path / "model.pt")
+    touch(tmp_path, "texts/notes.txt")
+    with pytest.raises(UserError, match="texts"):
+        run_script(evaluation, "--checkpoint", checkpoint, tmp_path / "texts")
 
 
 # ------------------------------------------------------------------------------------------------
