@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     views = train.describe_cuts(cuts, {kind: 1})
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {views}")
-    ranks.say(f"log, last.pt and best.pt: {out}/")
+    ranks.say(f"log, best.pt, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     to_read = steps.pieces(first_step, cuts, ranks)
     pieces = iter(train.make_loader(dataset, args, ranks, to_read, ready=2 * cuts[kind].pieces))

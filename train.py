@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
 
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {describe_cuts(cuts, num_views)}")
-    ranks.say(f"log, pictures and last.pt: {out}/")
+    ranks.say(f"log, pictures, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Views(cfg, paths, args.seed)
     look_dataset = Views(cfg, look_paths, args.seed, centre_crop=True)
     to_read = steps.pieces(first_step, cuts, ranks)
