@@ -649,7 +649,7 @@ def resume(
     out.mkdir(parents=True, exist_ok=True)
     file = omnimae.read_checkpoint(path) if path.exists() else {}
 
-    # All ranks must start alike. (Two machines may have different files under one name.)
+    # All ranks must have the same start. (Two machines may have different files under one name.)
     step = file.get("step", 0)
     number = int(fingerprint(repr(recipe).encode()), 16)
     if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
