@@ -83,9 +83,12 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks(args.device)  # this process among torchrun's
     out = Path(args.out)
 
-    # The files to train on. And files to look at, ten times a run: held-out ones if there are any,
-    # else training files.
-    roots, listings, look_splits, look_paths = {}, {}, {}, {}
+    # The files to train on, by kind. And files to look at, ten times a run: held-out ones if there
+    # are any, else training files.
+    roots = {}
+    listings = {}
+    look_splits = {}
+    look_paths = {}
     for kind in KINDS:
         if getattr(args, kind):
             root = data_root(getattr(args, kind), kind, ranks)
@@ -98,10 +101,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The model. Every rank draws the same weights, from the same seed.
     cfg = config_of(args)
-    for kind in paths:
-        omnimae.random_mask(
-            1, *cfg.masking(kind)
-        )  # called to refuse a ratio that masks none or all
+    check_mask_ratios(cfg, paths)
     torch.manual_seed(args.seed)
     if args.init:
         model = ranks.first_then_others(load_init, args.init, cfg, args.clip_seconds)
@@ -436,6 +436,13 @@ def config_of(args: argparse.Namespace) -> omnimae.OmniMAEConfig:
     """The sizes of --model, with the options given."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
     return replace(omnimae.MODELS[args.model], **given)
+
+
+def check_mask_ratios(cfg: omnimae.OmniMAEConfig, kinds) -> None:
+    """UserError for a ratio that masks no patch or all of them: now, not in the first step."""
+    for kind in kinds:
+        N, ratio = cfg.masking(kind)
+        omnimae.random_mask(1, N, ratio)
 
 
 def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None) -> omnimae.OmniMAE:
@@ -960,35 +967,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=list(omnimae.MODELS), default="vit_b", help="default: vit_b")
     add("--images", type=non_empty, help="folder of images, or 'demo'")
-    add(
-        "--videos",
-        type=non_empty,
-        help="folder of videos, or 'demo'; without either, both are demo",
-    )
+    add("--videos", type=non_empty, help="folder of videos, or 'demo' (without either: both demo)")
     add("--out", type=non_empty, help="folder of the run (default: runs/MODEL)")
-    add(
-        "--init",
-        type=non_empty,
-        help="pretraining checkpoint to start from: released name, URL, path",
-    )
+    add("--init", type=non_empty, help="pretraining checkpoint to start from: name, URL or path")
     add("--epochs", type=positive_int, help=f"default: {EPOCHS}; demo model or data {DEMO_EPOCHS}")
-    add(
-        "--batch-size",
-        type=positive_int,
-        help=f"views per step, over all processes ({BATCH_SIZE}; demo {DEMO_BATCH_SIZE})",
-    )
-    add(
-        "--lr",
-        type=positive_float,
-        help=f"peak (default: batch x {LEARNING_RATE} / {BATCH_SIZE}; "
-        f"demo model {DEMO_LEARNING_RATE} / {DEMO_BATCH_SIZE})",
-    )
-    add(
-        "--video-views",
-        type=positive_int,
-        default=VIDEO_VIEWS,
-        help=f"views of a video in a step (default: {VIDEO_VIEWS})",
-    )
+    add("--batch-size", type=positive_int, help=f"in views ({BATCH_SIZE}; demo {DEMO_BATCH_SIZE})")
+    add("--lr", type=positive_float, help="peak (default: in proportion to the batch)")
+    add("--video-views", type=positive_int, default=VIDEO_VIEWS, help="of a video (%(default)s)")
     add("--image-mask-ratio", type=positive_float, help="default: 0.90; demo model 0.75")
     add("--video-mask-ratio", type=positive_float, help="default: 0.95; demo model 0.90")
     add_shared_options(parser)
@@ -1012,12 +997,8 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of autocast (see README)")
-    add(
-        "--workers",
-        type=int_from_zero,
-        default=default_workers(),
-        help="loader processes (default: a process's CPU cores less one, at most 16)",
-    )
+    workers = default_workers()
+    add("--workers", type=int_from_zero, default=workers, help="loader processes (%(default)s)")
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
