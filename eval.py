@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
@@ -71,9 +72,10 @@ def evaluate(model: omnimae.Classifier, args, ranks: train.Ranks, autocast) -> N
             f"{args.checkpoint} has {num_classes} classes without names, and {root} has "
             f"{len(listing.classes)} classes: expected the same, in the same order"
         )
-    ranks.say(train.describe(listing, kind, root))
-    if not args.all:
-        ranks.say(describe_split(root, kind, len(listing.paths)))
+    if ranks.rank == 0:  # it reads the folders again
+        ranks.say(train.describe(listing, kind, root))
+        if not args.all:
+            ranks.say(describe_split(root, kind, len(listing.paths)))
     is_wnid = [bool(re.fullmatch(r"n\d{8}", name)) for name in listing.classes]
     if num_classes == 1000 and model.classes is None and not all(is_wnid):
         ranks.say("warning: the class folders are not named as ImageNet's (n01440764, ...)")
@@ -278,10 +280,16 @@ def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ra
         pixels, labels = [], []
         for path, label in batch:
             try:
-                pixels.append(read_pixels(path, cfg, num_clips))
-                labels.append(label)
+                x = read_pixels(path, cfg, num_clips)
             except UserError as error:
                 print(error, file=sys.stderr, flush=True)
+                continue
+            if get_worker_info():
+                # PyTorch would do this later, in a thread whose errors are lost: without room in
+                # /dev/shm, the main process would wait for ever.
+                x.share_memory_()
+            pixels.append(x)
+            labels.append(label)
         return pixels, labels, len(batch)
 
     files = list(zip(listing.paths, listing.labels))[ranks.rank :: ranks.world]

@@ -100,8 +100,9 @@ def main(args: argparse.Namespace) -> None:
     listing = list_labelled(root, kind, "train")
     classes = listing.classes
     validation = list_labelled(root, kind, "val", classes)
-    ranks.say(train.describe(listing, kind, root))
-    ranks.say(describe_split(root, kind, len(validation.paths)))
+    if ranks.rank == 0:  # it reads the folders again
+        ranks.say(train.describe(listing, kind, root))
+        ranks.say(describe_split(root, kind, len(validation.paths)))
 
     # The model. Every rank draws the same weights, from the same seed.
     torch.manual_seed(args.seed)
@@ -137,13 +138,14 @@ def main(args: argparse.Namespace) -> None:
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {views}")
     ranks.say(f"log, best.pt, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
-    to_read = steps.pieces(first_step, cuts, ranks)
-    pieces = iter(train.make_loader(dataset, args, ranks, to_read, ready=2 * cuts[kind].pieces))
+    pieces = steps.pieces(first_step, cuts, ranks)
+    ready = 2 * cuts[kind].pieces  # read ahead: two micro-batches
+    loader = iter(train.make_loader(dataset, args, ranks, pieces, ready))
     val_loader = file_loader(validation, kind, cfg, 1, args, ranks)  # one clip and crop, for speed
     saved_at = time.monotonic()
 
-    # A run that was ended at an epoch's end, perhaps while it validated, begins with this epoch: no
-    # step is left of it, and it is validated again.
+    # If last.pt is of an epoch's end, this epoch has no step left. It is validated (again): the run
+    # may have been killed before.
     first_epoch = max(0, first_step - 1) // steps.per_epoch
     for epoch in range(first_epoch, args.epochs):
         model.train()
@@ -159,14 +161,14 @@ def main(args: argparse.Namespace) -> None:
             mean_loss = torch.zeros((), device=ranks.device)
             for i in range(accumulate):
                 with log.waiting():
-                    pixels, labels, boxes = train.join_pieces(
-                        pieces, cuts[kind].pieces, ranks.device
-                    )
+                    micro_batch = train.join_pieces(loader, cuts[kind].pieces, ranks.device)
+                pixels, labels, boxes = micro_batch
                 train.seed_all(args.seed, step, ranks.rank, i)  # drop path, MixUp, CutMix, noise
                 x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W)
                 if args.augment == "full":
                     x = erase(x, boxes)
-                    x = tv_tensors.Video(x) if x.ndim == 5 else x  # else MixUp refuses clips
+                    if x.ndim == 5:
+                        x = tv_tensors.Video(x)  # MixUp refuses clips as plain tensors
                     x, labels = mix(x, labels)  # labels (B, classes)
                     x = x.as_subclass(Tensor)
                 parallel.require_backward_grad_sync = i == accumulate - 1

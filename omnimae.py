@@ -11,8 +11,8 @@ At the right, the function or class that does the step.
       |                          to fill a patch of 2 x 16 x 16 pixels x 3
     patches     (B, N, P)        1568 x 1536     (196 x 1536)                   to_patches
       |                          a random mask hides 95% of a clip's patches,   random_mask
-      |                          90% of an image's
-    visible     (B, V, P)        V = 79          (20)                           visible_indices
+      |                          90% of an image's; the others are visible      visible_indices
+    patches     (B, V, P)        V = 79          (20)                           take
       |  linear, + position      the encoder sees nothing else                  Encoder
       |  12 blocks, norm         a plain ViT: no class token, fixed positions   Block, OmniMAE.norm
     tokens      (B, V, D)        D = 768
@@ -53,18 +53,18 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor, nn
-from torchvision.ops import stochastic_depth
+from torchvision.ops import StochasticDepth
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 
 class UserError(ValueError):
-    """What a user can mend: a file, an option, a setting. The scripts print it as one line. Any
-    other exception is a mistake in the code, and keeps its traceback."""
+    """What its user can correct: a file, an option, a setting. The scripts print it as one line.
+    Any other exception is a mistake in the code, and keeps its traceback."""
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks, and not endless."""
+    """An error's message without line breaks, cut to 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -95,10 +95,10 @@ class OmniMAEConfig:
     decoder_dim: int = 384  # D'
     decoder_depth: int = 4
     decoder_heads: int = 16
-    decoder_qkv_bias: bool = False  # as in the released checkpoints; the released code says True
+    decoder_qkv_bias: bool = False  # as in the released files; the released configuration says True
     image_mask_ratio: float = 0.90
     video_mask_ratio: float = 0.95
-    clip_seconds: float = 2.7  # that a clip spans: kept here for finetuning and evaluation
+    clip_seconds: float = 2.7  # of a video that a clip spans
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -147,6 +147,11 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, for images and videos
 STD = torch.tensor([0.229, 0.224, 0.225])
 
 
+def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's, each (3,), on a device. Copied without a GPU sync."""
+    return MEAN.to(device, non_blocking=True), STD.to(device, non_blocking=True)
+
+
 def normalize(x: Tensor) -> Tensor:
     """ImageNet-normalises (B, 3, H, W) or (B, 3, T, H, W): uint8, or floats in [0, 1]. Returns
     float32. ValueError for other shapes or dtypes."""
@@ -155,14 +160,14 @@ def normalize(x: Tensor) -> Tensor:
         raise ValueError(f"got {x.dtype} {tuple(x.shape)}: expected uint8 or floats, (B, 3, ...)")
 
     x = x / 255 if x.dtype == torch.uint8 else x.float()
+    mean, std = mean_and_std(x.device)
     shape = (3, *[1] * (x.ndim - 2))  # (3, 1, 1) or (3, 1, 1, 1)
-    mean = MEAN.to(x.device, non_blocking=True).view(shape)
-    std = STD.to(x.device, non_blocking=True).view(shape)
-    return (x - mean) / std
+    return (x - mean.view(shape)) / std.view(shape)
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """Cuts (B, 3, T, H, W) into patches (B, N, P), in raster order of (time, height, width)."""
+    """Cuts (B, 3, T, H, W) into patches (B, N, P), in raster order of (time, height, width). The
+    values of a patch are in (time, height, width, channel) order."""
     B, C, T, H, W = x.shape
     t, h, w = patch_size
     x = x.reshape(B, C, T // t, t, H // h, h, W // w, w)
@@ -188,8 +193,12 @@ def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, i
 
     shape = video.shape[1:]
     clip_shape = (3, cfg.num_frames, cfg.image_size, cfg.image_size)
-    is_image = len(shape) == 4 and shape[:2] == (3, 1) and shape[2] % h == shape[3] % w == 0
-    if not x.is_floating_point() or not (is_image or shape == clip_shape):
+    is_image = len(shape) == 4 and shape[:2] == (3, 1)
+    if is_image:
+        fits = shape[2] % h == 0 and shape[3] % w == 0
+    else:
+        fits = shape == clip_shape
+    if not x.is_floating_point() or not fits:
         raise ValueError(
             f"got {x.dtype} {tuple(x.shape)}: expected floats from normalize(), (B, 3, H, W) of "
             f"whole {h} x {w} patches or (B, {', '.join(map(str, clip_shape))})"
@@ -203,17 +212,16 @@ def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, i
 
 def to_pixels(patches: Tensor) -> Tensor:
     """Undoes the ImageNet normalisation of patches (B, N, P). Returns pixels in [0, 1]."""
-    mean = MEAN.to(patches.device, non_blocking=True)
-    std = STD.to(patches.device, non_blocking=True)
+    mean, std = mean_and_std(patches.device)
     return (patches.unflatten(2, (-1, 3)) * std + mean).flatten(2)  # the channel is last
 
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1).
 
-    Takes pixels in [0, 1], (B, N, P), as released. (Of ImageNet-normalised ones the result differs
-    slightly: their variance is larger beside the 1e-6.) Returns patches (B, N, P), and the means
-    and standard deviations that they had, each (B, N, 1, 3).
+    Takes pixels in [0, 1], (B, N, P), as released. (ImageNet-normalised ones would give slightly
+    other values, because of the 1e-6.) Returns patches (B, N, P), and the means and standard
+    deviations that they had, each (B, N, 1, 3).
     """
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
     var, mean = torch.var_mean(values, dim=2, keepdim=True)  # (B, N, 1, 3)
@@ -333,11 +341,11 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
-        self.drop_path = drop_path
+        self.drop_path = StochasticDepth(drop_path, "row")  # "row": each sample by itself
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
-        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def init_weights(model: nn.Module, init_matrix) -> None:
@@ -399,7 +407,7 @@ class Decoder(nn.Module):
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
 
-        # A mask token differs from another only in its position: N of them serve all samples.
+        # Mask tokens differ only in their position, so all samples share one table of N of them.
         table = self.embed(self.mask_token + positions)  # (N, D')
         mask_tokens = F.embedding(masked, table)  # (B, M, D'): table[masked], a faster backward
 
@@ -551,7 +559,7 @@ def read_checkpoint(name: str | os.PathLike) -> dict:
         raise UserError(f"{name}: no such file; released checkpoints: {', '.join(CHECKPOINTS)}")
 
     try:
-        # The content of a mapped file is read where it is used. Only PyTorch's zip format can be.
+        # With mmap a tensor is read from the file where it is used. Only the zip format allows it.
         mmap = zipfile.is_zipfile(path)
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises many kinds
@@ -577,7 +585,7 @@ def _weights_in(file: dict) -> dict[str, Tensor]:
     for key, value in file.items():
         while key.startswith(("module.", "_orig_mod.")):
             key = key.split(".", 1)[1]
-        if key != "n_averaged":  # counted by torch's AveragedModel
+        if key != "n_averaged":  # the step counter of torch's AveragedModel
             state[key] = value
     return state
 
@@ -662,7 +670,7 @@ def read_classes(path: str | os.PathLike) -> list[str]:
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
-    """Reads an image, uint8 (3, H, W), always RGB. Of 16-bit grey the high byte is kept. EXIF
+    """Reads an image, uint8 (3, H, W), always RGB. 16-bit grey keeps its high byte. The EXIF
     orientation is ignored, as released. UserError names a file that cannot be read."""
     with naming_errors(path), PIL.Image.open(path) as image:
         mode = image.mode
@@ -670,7 +678,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
         if is_16_bit:  # PIL itself would clip to 255
             high_byte = (np.array(image) >> 8).astype(np.uint8)
             return pil_to_tensor(PIL.Image.fromarray(high_byte).convert("RGB"))
-        if mode in ("I", "F"):  # integers of 32 bits, or floats: nobody knows which value is white
+        if mode in ("I", "F"):  # integers of 32 bits, or floats: which value is white is undefined
             raise ValueError(f"pixels of mode {mode}: convert it to 8 or 16 bits a value")
         return pil_to_tensor(image if mode == "RGB" else image.convert("RGB"))
 
@@ -691,13 +699,13 @@ def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
 
 def _seconds_in(container, stream) -> Fraction:
     """The duration of a video: what its stream says or, where that says nothing, as in .webm, the
-    time of the last frame. (As released, not what the container says: that may be the sound's.)"""
+    time of the last frame. (As released, not the container's, which may be that of its sound.)"""
     if stream.duration is not None:
         return stream.duration * stream.time_base
 
     first_pts = stream.start_time or 0
     # Packets are read without decoding. Where the container knows its duration, those after the
-    # last keyframe are enough. If there is none, read all.
+    # last keyframe are enough. If no packet is found there, all are read.
     offsets = [first_pts]
     if container.duration is not None:
         end = Fraction(container.duration, av.time_base) / stream.time_base
@@ -744,26 +752,27 @@ def _read_window(container, stream, start: Fraction, duration: Fraction, num_fra
     # Seek to the keyframe before; where that lands too late, once more from the start of the file.
     for seek in ({"offset": begin, "stream": stream}, {"offset": 0}):
         container.seek(**seek)
-        before = []
+        on_screen = None  # the last frame before `begin`
         frames = []
         for frame in container.decode(stream):
             if frame.pts < begin:
-                before = [frame]  # the one on screen
-            elif frame.pts < end or not (before or frames):
+                on_screen = frame
+            elif frame.pts < end:
                 frames.append(frame)
-            if frame.pts >= end:
+            else:
                 break
-        if before or (frames and frames[0].pts == begin):
-            break  # it did not land too late
-    frames = frames or before
+        if on_screen or (frames and frames[0].pts == begin):
+            break  # it landed early enough
     if not frames:
-        raise ValueError("no frame in it")
+        frames = [on_screen or frame]
 
     kept = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int)]
     to_rgb = VideoReformatter()  # one for all frames: making it costs more than using it
-    width = kept[0].width
-    height = kept[0].height
-    pixels = [to_rgb.reformat(x, width, height, "rgb24", threads=1).to_ndarray() for x in kept]
+    size = {"width": kept[0].width, "height": kept[0].height}  # it may change within a film
+    pixels = []
+    for frame in kept:
+        rgb = to_rgb.reformat(frame, **size, format="rgb24", threads=1)
+        pixels.append(rgb.to_ndarray())  # (H, W, 3)
     clip = _upright(np.stack(pixels), kept[0])  # (T, H, W, 3)
     return torch.from_numpy(clip).permute(0, 3, 1, 2)  # (T, 3, H, W)
 
@@ -776,7 +785,10 @@ def read_clip(path: str | os.PathLike, start: float, duration: float, num_frames
 
 
 def read_clips(
-    path: str | os.PathLike, starts: Sequence, num_frames: int, clip_seconds: float = 2.7
+    path: str | os.PathLike,
+    starts: Sequence,
+    num_frames: int,
+    clip_seconds: float = OmniMAEConfig.clip_seconds,
 ) -> Tensor:
     """Reads clips of a video, uint8 (clips, T, 3, H, W). Short videos repeat frames. `starts` are
     fractions of the last possible start: training draws one, evaluation takes Fraction(i, 5).

@@ -3,16 +3,19 @@
     torchrun train.py --model demo                                   minutes on a laptop's CPU
     torchrun --nproc_per_node=8 train.py --model vit_b --images /data/in1k --videos /data/ssv2
 
-Read from the top: the recipe, `main` with the training loop, then what `main` calls, in the order
-of its first use; last the options, and the demo data set.
+Read from the top: the recipe, `main` with the training loop, then what `main` calls: first what a
+step takes (steps, views) and does, then the model and how a batch is cut for it, the run's folder,
+the processes, and the files of a data set. Last come the options and the demo data set.
 
 A view's random numbers depend only on (seed, epoch, file, view), the order of files only on (seed,
 epoch). So a step's files, crops and masks depend neither on the number of processes, workers or
 micro-batches nor on a restart: with one or two processes on CPUs, a resumed run ends with the same
 weights, bit for bit, as one that was never stopped.
 
-finetune.py and eval.py import from here: a parameter that `main` never gives is one of theirs.
+finetune.py and eval.py import from here. Parameters that `main` never gives are for them.
 """
+
+from __future__ import annotations
 
 import argparse
 import functools
@@ -40,7 +43,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 import omnimae
@@ -49,7 +52,7 @@ from omnimae import UserError, read_classes
 # The recipe: the released configuration for ViT-B, except where a line says otherwise. (The mask
 # ratios, and the frames and seconds of a clip, belong to a model: see `OmniMAEConfig`.)
 # An epoch has as many views as there are files: one of each image, four of a random quarter of the
-# videos.
+# videos. What does not fill a batch is left out.
 EPOCHS = 800  # the released checkpoints took 1600 (paper)
 BATCH_SIZE = 2048  # views in a step, over all processes
 LEARNING_RATE = 1.6e-3  # peak, for 2048 views; in proportion for other batches (this project)
@@ -57,7 +60,7 @@ FIRST_LEARNING_RATE = 1e-6
 WARMUP = 0.05  # fraction of the steps in which the learning rate grows, linearly; then a cosine
 BETAS = (0.9, 0.95)  # AdamW's
 WEIGHT_DECAY = 0.05  # on matrices only, not on biases and LayerNorms
-VIDEO_VIEWS = 4  # of a video that is decoded once, each with its own crop and mask
+VIDEO_VIEWS = 4  # cut from one decoded clip, each with its own crop and mask
 IMAGE_CROP = (0.2, 1.0)  # fraction of the area
 VIDEO_CROP = (0.08, 1.0)
 IMAGE_FLIP = 0.5  # probability; videos are never flipped: SSv2's labels name directions
@@ -68,7 +71,7 @@ DEMO_BATCH_SIZE = 64
 DEMO_LEARNING_RATE = 6e-4  # peak, for 64 views; only of the demo model
 
 # Views that a GPU takes at once, unless --micro-batch says so. ViT-B needs 7 GB for 256 images and
-# 13 GB for 64 clips (H200); more are not faster. On a CPU 64 clips would need 22 GB.
+# 13 GB for 64 clips (H200); larger ones are no faster. On a CPU 64 clips would need 22 GB.
 MICRO_BATCH = {"images": 256, "videos": 64}
 CPU_MICRO_BATCH = 16
 SMALL_MICRO_BATCH = 64  # of the demo model, on any device
@@ -80,7 +83,7 @@ KINDS = ("images", "videos")
 
 
 def main(args: argparse.Namespace) -> None:
-    ranks = Ranks(args.device)  # this process among torchrun's
+    ranks = Ranks(args.device)  # this process's number, the number of processes, and the device
     out = Path(args.out)
 
     # The files to train on, by kind. And files to look at, ten times a run: held-out ones if there
@@ -94,38 +97,43 @@ def main(args: argparse.Namespace) -> None:
             root = data_root(getattr(args, kind), kind, ranks)
             roots[kind] = root
             listings[kind] = list_media(root, kind)
-            look_splits[kind] = "val" if validation_split(root, kind) else "train"
-            look_paths[kind] = list_media(root, kind, look_splits[kind]).paths
-            ranks.say(describe(listings[kind], kind, root))
+            look_splits[kind] = "train"
+            look_paths[kind] = listings[kind].paths
+            if validation_split(root, kind):
+                look_splits[kind] = "val"
+                look_paths[kind] = list_media(root, kind, "val").paths
+            if ranks.rank == 0:  # it reads the folders again
+                ranks.say(describe(listings[kind], kind, root))
     paths = {kind: listings[kind].paths for kind in listings}
 
     # The model. Every rank draws the same weights, from the same seed.
     cfg = config_of(args)
-    check_mask_ratios(cfg, paths)
     torch.manual_seed(args.seed)
     if args.init:
         model = ranks.first_then_others(load_init, args.init, cfg, args.clip_seconds)
-        cfg = model.cfg
+        cfg = model.cfg  # with the file's seconds of a clip and decoder biases
     else:
         model = omnimae.OmniMAE(cfg)
     parallel = prepare(model, args, ranks)  # wrapped in DDP if there are several ranks
-    autocast, scaler = precision(args.dtype, ranks.device, cfg)
+    autocast, scaler = precision(args.dtype, ranks.device, cfg)  # autocast: entered in each step
     matrices = [x for x in model.parameters() if x.ndim > 1]  # the mask token among them
     vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorms
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
-    # The steps. A step takes a batch of one kind, of which each rank takes its share. A share is
-    # cut into micro-batches of as many views as a device holds. A micro-batch is joined from
-    # pieces, of a few files each, which the loader's workers read. For example ViT-B on 8 GPUs, a
-    # batch of 2048: a rank's share is 256 views. Of images, that is one micro-batch, of 8 pieces of
-    # 32 files. Of videos, 64 files, it is 4 micro-batches of 64 clips, each of 16 pieces of 1 file.
+    # The steps. A step takes a batch of one kind, of which each rank takes its share. A device
+    # takes the share in micro-batches, of as many views as it holds. A worker of the loader reads a
+    # piece of a micro-batch, a few files: so small that no worker holds up the others for long.
+    # For example, ViT-B on 8 GPUs has a batch of 2048 views, and a rank's share is 256 views. With
+    # images, this is one micro-batch of 8 pieces of 32 files. With videos, this is 64 files: 4
+    # micro-batches of 64 views, each of 16 pieces of one file with its 4 views.
     num_files = {kind: len(paths[kind]) for kind in paths}
     num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of one file
     cuts = cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
     steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
 
-    # Continue where last.pt ends, if there is one.
+    # Continue where last.pt ends, if there is one. The recipe tells this run from others. It is
+    # made here because it names the weights that the run starts from.
     recipe = recipe_of(args, model, paths, roots)
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     resumed = resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
@@ -136,25 +144,25 @@ def main(args: argparse.Namespace) -> None:
     ranks.say(f"log, pictures, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Views(cfg, paths, args.seed)
     look_dataset = Views(cfg, look_paths, args.seed, centre_crop=True)
-    to_read = steps.pieces(first_step, cuts, ranks)
-    ready = 2 * max(cut.pieces for cut in cuts.values())
-    pieces = iter(make_loader(dataset, args, ranks, to_read, ready))
+    pieces = steps.pieces(first_step, cuts, ranks)
+    ready = 2 * max(cut.pieces for cut in cuts.values())  # read ahead: two micro-batches
+    loader = iter(make_loader(dataset, args, ranks, pieces, ready))
     saved_at = time.monotonic()
 
+    # The loader goes through the same steps in the same order: its next pieces are this step's.
     for step in range(first_step, steps.total):
-        kind, _, _ = steps.at(step)
+        kind = steps.at(step).kind
         lr = learning_rate(step, steps.total, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward. The loader walks the same steps in the same order: its next pieces
-        # are this step's. The gradients of the micro-batches add up. DDP averages them over the
-        # ranks once a step, with the last micro-batch.
+        # Forward and backward. The gradients of the micro-batches add up. DDP averages them over
+        # the ranks once a step, with the last micro-batch.
         accumulate = cuts[kind].micro_batches
         mean_loss = torch.zeros((), device=ranks.device)
         for i in range(accumulate):
             with log.waiting():
-                pixels, visible = join_pieces(pieces, cuts[kind].pieces, ranks.device)
+                pixels, visible = join_pieces(loader, cuts[kind].pieces, ranks.device)
             x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W), from uint8
             parallel.require_backward_grad_sync = i == accumulate - 1  # no effect without DDP
             with autocast:
@@ -169,27 +177,553 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
 
         # The log. All ranks take part: the loss is averaged over them.
-        done = step + 1
+        done = step + 1  # steps completed
         is_last = done == steps.total
         if done == 1 or done % args.log_every == 0 or is_last:
             log.report(done, kind, mean_loss, lr, scaler)
 
-        # Rank 0 alone decides when to save. It saves before it looks: if that crashes, no step is
-        # lost. Meanwhile the others wait in their next step.
-        look_now = done % math.ceil(steps.total / 10) == 0 or is_last
-        save_now = look_now or time.monotonic() - saved_at > 60 * args.save_minutes
-        if save_now and ranks.rank == 0:
-            save(out / "last.pt", done, recipe, states)
-            saved_at = time.monotonic()
-        if look_now and ranks.rank == 0:
-            look(model, look_dataset, look_splits, out, done, log, autocast)
-            log.begin_interval(done)  # looking does not count in views/s
+        # Rank 0 alone decides when to save. It saves before it looks: if looking crashes, no step
+        # is lost. Meanwhile the others wait in their next step.
+        if ranks.rank == 0:
+            look_now = done % math.ceil(steps.total / 10) == 0 or is_last
+            minutes = (time.monotonic() - saved_at) / 60
+            if look_now or minutes > args.save_minutes:
+                save(out / "last.pt", done, recipe, states)
+                saved_at = time.monotonic()
+            if look_now:
+                look(model, look_dataset, look_splits, out, done, log, autocast)
+                log.begin_interval(done)  # looking does not count in views/s
 
     ranks.close()
     ranks.say(f"done: {out}/last.pt; reconstructions in {out}/pictures/. Next:")
     for kind in paths:
-        command = f"torchrun finetune.py --checkpoint {out}/last.pt --{kind} {getattr(args, kind)}"
-        ranks.say(command if listings[kind].labels else f"finetuning needs class folders of {kind}")
+        if listings[kind].labels:
+            data = f"--{kind} {getattr(args, kind)}"
+            ranks.say(f"torchrun finetune.py --checkpoint {out}/last.pt {data}")
+        else:
+            ranks.say(f"finetuning needs class folders of {kind}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The steps: which kind and which files, when
+
+Step = namedtuple("Step", ["kind", "epoch", "files"])  # files: indices, over all ranks
+Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how many of this file
+
+
+class Steps:
+    """The steps of a run. Each takes one batch of views, all of images or all of videos. In an
+    epoch a kind gets as many views as it has files: a quarter of the videos, with 4 views each."""
+
+    def __init__(self, num_files: dict, num_views: dict, batch_size: int, epochs: int, seed: int):
+        self.num_files = num_files  # by kind
+        self.num_views = num_views  # of a file, by kind
+        self.batch_size = batch_size
+        self.seed = seed
+        # The batch may be larger than the number of videos, which have several views each. Then an
+        # epoch has one step.
+        self.in_epoch = {kind: max(1, num // batch_size) for kind, num in num_files.items()}
+        self.per_epoch = sum(self.in_epoch.values())
+        self.total = epochs * self.per_epoch
+
+    @functools.lru_cache(maxsize=2)  # the loader is a few steps ahead of the loop
+    def of_epoch(self, epoch: int) -> list[tuple[str, np.ndarray]]:
+        """The kind and the files' indices of each step of an epoch. Files and steps are shuffled:
+        kinds take turns in random order, the same on every rank."""
+        steps = []
+        for kind, num in self.num_files.items():
+            rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
+            files = rng.permutation(num)
+            size = self.batch_size // self.num_views[kind]  # files in a step
+            for i in range(self.in_epoch[kind]):
+                steps.append((kind, files[i * size : (i + 1) * size]))
+        rng = np.random.default_rng((self.seed, epoch, 0))
+        return [steps[i] for i in rng.permutation(len(steps))]
+
+    def at(self, step: int) -> Step:
+        """What a step takes."""
+        epoch, i = divmod(step, self.per_epoch)
+        kind, files = self.of_epoch(epoch)[i]
+        return Step(kind, epoch, files)
+
+    def pieces(self, first_step: int, cuts: dict[str, Cut], ranks: Ranks) -> Iterator[list[Sample]]:
+        """What this rank's loader reads, a piece at a time: the rank's share of each step."""
+        for step in range(first_step, self.total):
+            kind, epoch, files = self.at(step)
+            share = files.reshape(ranks.world, -1)[ranks.rank]
+            for piece in share.reshape(-1, cuts[kind].files).tolist():
+                yield [Sample(kind, epoch, index, self.num_views[kind]) for index in piece]
+
+
+# ------------------------------------------------------------------------------------------------
+# Views, the random crops of a file that a step trains on, and their loader
+
+
+class Views(Dataset):
+    """Views of files, each with a random mask: random crops, or centre crops for `look`."""
+
+    def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, centre_crop=False):
+        self.cfg = cfg
+        self.seed = seed
+        # arrays: the reference counts of a list would make each worker copy its million strings
+        self.paths = {kind: np.array([os.fsencode(x) for x in paths[kind]]) for kind in paths}
+
+        size = cfg.image_size
+        bicubic = v2.InterpolationMode.BICUBIC
+        image_crop = v2.RandomResizedCrop(size, IMAGE_CROP, interpolation=bicubic)
+        video_crop = v2.RandomResizedCrop(size, VIDEO_CROP)  # bilinear
+        self.crops = {
+            "images": v2.Compose([image_crop, v2.RandomHorizontalFlip(IMAGE_FLIP)]),
+            "videos": video_crop,
+        }
+        if centre_crop:
+            self.crops = dict.fromkeys(KINDS, v2.Compose([v2.Resize(size), v2.CenterCrop(size)]))
+
+    def read(self, sample: Sample) -> tuple[Tensor, int]:
+        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
+        unreadable file, and reads a random one instead. UserError after twenty."""
+        kind, epoch, index, _ = sample
+        for attempt in range(20):
+            # The fifth number is 0 for the choice of file and clip, and 1 + view for a view.
+            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
+            if attempt > 0:
+                index = int(torch.randint(len(self.paths[kind]), ()))
+            path = os.fsdecode(self.paths[kind][index])
+            try:
+                if kind == "images":
+                    return omnimae.read_image(path), index
+                start = torch.rand(1).tolist()
+                clips = omnimae.read_clips(path, start, self.cfg.num_frames, self.cfg.clip_seconds)
+                return clips[0], index
+            except UserError as error:
+                print(error, file=sys.stderr, flush=True)
+        raise UserError(f"20 {kind} in a row could not be read: see the messages above")
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 (views, 3, [T,] H, W), and the indices of visible patches (views, V)."""
+        media, _ = self.read(sample)
+        N, ratio = self.cfg.masking(sample.kind)
+        pixels, visible = [], []
+        for view in range(sample.views):
+            seed_all(self.seed, sample.epoch, sample.index, KINDS.index(sample.kind), 1 + view)
+            pixels.append(self.crops[sample.kind](media).movedim(-3, 0))  # (3, [T,] H, W)
+            visible.append(omnimae.visible_indices(omnimae.random_mask(1, N, ratio))[0])
+        return torch.stack(pixels), torch.stack(visible)
+
+
+def seed_all(*key: int) -> None:
+    """Seeds PyTorch, so that what is drawn from here on depends on `key` only."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than a crop
+    if torch.cuda.is_initialized():  # not in a worker
+        torch.cuda.manual_seed(seed)
+
+
+def make_loader(
+    dataset, args, ranks: Ranks, batch_sampler, ready: int, collate_fn=default_collate
+) -> DataLoader:
+    """Reads what `batch_sampler` lists, in its order, in worker processes. Each of them has at
+    least two pieces under way, and all together at least `ready`."""
+
+    def ignore_interrupts(_):  # Ctrl-C reaches every process; the main one ends its workers
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    options = {}
+    if args.workers:
+        options["multiprocessing_context"] = "fork"
+        options["persistent_workers"] = True
+        options["prefetch_factor"] = max(2, math.ceil(ready / args.workers))
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate_fn,
+        num_workers=args.workers,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=ranks.device.type == "cuda",
+        **options,
+    )
+
+
+def join_pieces(loader: Iterator, num: int, device: torch.device) -> list[Tensor]:
+    """A micro-batch, joined from the loader's next `num` pieces: what the dataset returns, here
+    `Views`, as tensors (B, ...). They are joined on the device: copying from the loader's pinned
+    memory does not wait."""
+    parts = []
+    for _ in range(num):
+        piece = [x.to(device, non_blocking=True) for x in next(loader)]
+        parts.append([x.flatten(0, 1) for x in piece])  # (files, views, ...) -> (files views, ...)
+    return [torch.cat(tensors) for tensors in zip(*parts)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The learning rate, and a look at held-out files
+
+
+def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=WARMUP) -> float:
+    """Grows linearly over the first `warmup` of the steps, then falls as a cosine to `end`."""
+    done = step / total
+    if done < warmup:
+        return FIRST_LEARNING_RATE + (peak - FIRST_LEARNING_RATE) * done / warmup
+    cosine = math.cos(math.pi * (done - warmup) / (1 - warmup))  # from 1 to -1
+    return end + (peak - end) * 0.5 * (1 + cosine)
+
+
+@torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
+@torch.no_grad()
+def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: Log, autocast):
+    """Logs the loss of 32 files of each kind, relative to that of predicting zero, and draws the
+    first. Unreadable files are reported, and do not end the run."""
+    device = log.ranks.device
+    for kind, paths in dataset.paths.items():
+        indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
+        losses, zero_losses = [], []
+        try:
+            for index in indices:
+                pixels, visible = dataset[Sample(kind, 0, index, 1)]  # always the same view
+                x = omnimae.normalize(pixels.to(device))
+                with autocast:
+                    loss, _, mask = model(x, visible.to(device))
+                    if index == 0:
+                        picture = omnimae.draw_reconstruction(model, x[0], mask[0])
+                patches, _ = omnimae.to_patches(x, model.cfg)  # (1, N, P)
+                masked = omnimae.to_pixels(patches[mask][None])  # (1, M, P)
+                target, _, _ = omnimae.normalize_patches(masked)
+                losses.append(loss.item())
+                zero_losses.append(target.square().mean().item())
+            (out / "pictures").mkdir(exist_ok=True)
+            picture.save(out / "pictures" / f"{kind}_{step:06d}.png")
+        except (UserError, OSError) as error:
+            print(f"no look at {kind}: {error}", file=sys.stderr, flush=True)
+            continue
+
+        loss = np.mean(losses)
+        zero = np.mean(zero_losses)
+        name = f"{splits[kind]} {kind}"
+        text = f"{name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
+        log.say(text, step, label=name, look_loss=loss, zero_loss=zero)
+
+
+# ------------------------------------------------------------------------------------------------
+# The model, its precision, and the sizes of micro-batches
+
+MODEL_OPTIONS = ("image_mask_ratio", "video_mask_ratio", "clip_seconds")  # of `OmniMAEConfig`
+
+
+def config_of(args: argparse.Namespace) -> omnimae.OmniMAEConfig:
+    """The sizes of --model, with the options given."""
+    given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
+    return replace(omnimae.MODELS[args.model], **given)
+
+
+def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None) -> omnimae.OmniMAE:
+    """The model to start from, with the run's mask ratios. It keeps its seconds of a clip, unless
+    others are given. UserError for a model of another size, or one without a decoder."""
+    model = omnimae.load_checkpoint(name).train()
+    cfg = replace(
+        cfg,
+        clip_seconds=clip_seconds or model.cfg.clip_seconds,
+        decoder_qkv_bias=model.cfg.decoder_qkv_bias,
+    )
+    given = {option: getattr(cfg, option) for option in MODEL_OPTIONS}
+    if not isinstance(model, omnimae.OmniMAE) or replace(model.cfg, **given) != cfg:
+        raise UserError(f"{name}: expected a pretraining checkpoint of the size of --model")
+    model.cfg = cfg
+    return model
+
+
+def prepare(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Module:
+    """Moves the model to the device. Returns it as all ranks train it together: with several ranks
+    wrapped in DDP, which averages their gradients."""
+    model.to(ranks.device)
+    if args.checkpoint_activations:  # compute a block's activations again in the backward pass
+        for block in model.modules():
+            if isinstance(block, omnimae.Block):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
+        model.compile(dynamic=False)  # once for images and once for videos
+    if ranks.world > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they are constant; as an argument it is deprecated
+    return model
+
+
+def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfig) -> tuple:
+    """Autocast and gradient scaler. The default is bfloat16, or float16 on GPUs without it; float32
+    for the demo model, and on CPUs without AVX-512, on which bfloat16 is many times slower."""
+    is_slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    if dtype is None:
+        if is_slow or is_small(cfg):
+            dtype = "float32"
+        elif device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            dtype = "float16"
+        else:
+            dtype = "bfloat16"
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
+def is_small(cfg: omnimae.OmniMAEConfig) -> bool:
+    """Whether a model is of the demo's kind, for laptops."""
+    return cfg.dim < 256
+
+
+# The number of micro-batches in a rank's share of a step, of pieces in a micro-batch, and of files
+# in a piece.
+Cut = namedtuple("Cut", ["micro_batches", "pieces", "files"])
+
+
+def cut_batch(
+    args: argparse.Namespace, num_files: dict, num_views: dict, limits: dict, cfg, ranks: Ranks
+) -> dict[str, Cut]:
+    """How a rank's share of a step is cut into micro-batches, and these into pieces, by kind.
+
+    A micro-batch has --micro-batch views or, of those up to the limit, the largest number that
+    divides the share. UserError for a batch that does not divide, or is larger than a data set.
+    """
+    check_batch(args, num_files, num_views, ranks.world)
+    cuts = {}
+    for kind in num_files:
+        limit = limits[kind]
+        if is_small(cfg):
+            limit = SMALL_MICRO_BATCH
+        elif ranks.device.type == "cpu":
+            limit = min(limit, CPU_MICRO_BATCH)
+        views = num_views[kind]  # of a file
+        share = args.batch_size // ranks.world // views  # files of a rank in a step
+        if args.micro_batch:
+            files = args.micro_batch // views
+        else:
+            files = max(1, limit // views)
+            while share % files:
+                files -= 1
+
+        # Workers take turns, so one with much to read would hold up the others: 32 images or one
+        # video take about 70 ms. The demo's files are so small that handing them over counts more.
+        piece_files = math.gcd(32, files) if kind == "images" else 1
+        if is_small(cfg):
+            piece_files = files
+        cuts[kind] = Cut(share // files, files // piece_files, piece_files)
+    return cuts
+
+
+def describe_cuts(cuts: dict[str, Cut], num_views: dict[str, int]) -> str:
+    """Says how many views a device takes at once."""
+    parts = []
+    for kind, cut in cuts.items():
+        parts.append(f"{cut.pieces * cut.files * num_views[kind]} views of {kind}")
+    return f"micro-batches of {' or '.join(parts)}"
+
+
+def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, world: int) -> None:
+    """UserError for a --batch-size that does not fit, which names the largest one that does."""
+    unit = world  # what the batch must be a multiple of
+    for views in num_views.values():
+        if args.micro_batch and args.micro_batch % views:
+            raise UserError(f"--micro-batch {args.micro_batch} must be a multiple of {views} views")
+        unit = math.lcm(unit, world * (args.micro_batch or views))
+    at_most = min(num_files[kind] * num_views[kind] for kind in num_files)
+    if args.batch_size % unit == 0 and args.batch_size <= at_most:
+        return
+
+    found = " and ".join(f"{num:,} {kind}" for kind, num in num_files.items())
+    largest = min(args.batch_size, at_most) // unit * unit
+    raise UserError(
+        f"--batch-size {args.batch_size} does not fit: expected a multiple of {unit} (processes x "
+        f"views at once), and at most {at_most} for {found}; "
+        + (f"the largest that fits is {largest}" if largest else "none fits")
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# A run's folder: last.pt and log.jsonl, which rank 0 writes
+
+
+def recipe_of(args: argparse.Namespace, model: omnimae.OmniMAE, paths: dict, roots: dict) -> dict:
+    """All that a resumed run must have in common with the one in its folder: the options that
+    matter, the files, and (before training changes it) the model that it starts from."""
+    recipe = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    recipe |= {name: getattr(model.cfg, name) for name in MODEL_OPTIONS}
+    recipe |= {"video_views": args.video_views, "init": fingerprint_of_start(args.init, model)}
+    return recipe | {kind: fingerprint_of_files(paths[kind], roots[kind]) for kind in paths}
+
+
+def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
+    """Tells checkpoints of one name apart, by their step and by a few of each tensor's weights."""
+    if name is None:
+        return None
+    step = omnimae.read_checkpoint(name).get("step", "unknown")
+    some = [x.detach().flatten()[:16].cpu().numpy().tobytes() for x in model.parameters()]
+    return f"{name} (step {step}, {fingerprint(b''.join(some))})"
+
+
+def fingerprint_of_files(paths: list[str], root: str) -> str:
+    """Tells data sets apart by the names of their files."""
+    root = str(Path(root))  # as the paths begin: without a slash at the end
+    names = "\n".join(os.fspath(path).removeprefix(root) for path in paths)
+    return f"{len(paths)} files ({fingerprint(os.fsencode(names))})"
+
+
+def fingerprint(content: bytes) -> str:
+    """Eight hex digits that differ where the content does."""
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def resume(
+    out: Path, recipe: dict, states: dict, total_steps: int, anyway: bool, ranks: Ranks
+) -> dict:
+    """Continues from the folder's last.pt, if there is one. Returns its "step" and, in finetuning,
+    its "best" accuracy; {} for a new run.
+
+    `states` are the model, the optimizer and the scaler, which take over what the file holds.
+    UserError if the run in the folder had another recipe, unless `anyway`, or has no step left.
+    """
+    path = out / "last.pt"
+    out.mkdir(parents=True, exist_ok=True)
+    file = omnimae.read_checkpoint(path) if path.exists() else {}
+
+    # All ranks must have the same start. (Two machines may have different files under one name.)
+    step = file.get("step", 0)
+    number = int(fingerprint(repr(recipe).encode()), 16)
+    if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
+        raise UserError(f"not all machines see the same {path}, the same files and recipe")
+    if not file:
+        return {}
+
+    # The recipe must be the same, or what changes is named.
+    old = file.get("recipe", {})
+    changed = [name for name in {**old, **recipe} if old.get(name) != recipe.get(name)]
+    changes = ", ".join(f"{name} {old.get(name)} -> {recipe.get(name)}" for name in changed)
+    if changed and not anyway:
+        raise UserError(
+            f"{path} is of a run with another recipe: {changes}. Give another --out, or continue "
+            "it with the new values: --resume-anyway"
+        )
+
+    if changed and step >= total_steps:
+        raise UserError(f"{path} has done {step} steps, and all of this run are {total_steps}")
+
+    # An optimizer's state also holds the old options (weight decay, betas): the new ones stay.
+    optimizer = states["optimizer"]
+    new_options = [dict(group) for group in optimizer.param_groups]
+    try:
+        states["model"].load_state_dict(file["model"])
+        optimizer.load_state_dict(file["optimizer"])
+        if file["scaler"]:  # empty where the scaler was off
+            states["scaler"].load_state_dict(file["scaler"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this run: {omnimae.one_line(error)}") from error
+    for group, options in zip(optimizer.param_groups, new_options):
+        group.update({name: value for name, value in options.items() if name != "params"})
+
+    ranks.say(f"resuming {out} after step {step}" + (f" with {changes}" if changed else ""))
+    return {name: file[name] for name in ("step", "best") if name in file}
+
+
+def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
+    """Saves a checkpoint atomically: a killed run leaves the old file or the new one. UserError if
+    a weight is not finite; OSError, with the old file in place, if the disk is full."""
+    model = states["model"]
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        raise UserError(
+            f"the weights of step {step} are not finite, and not saved: try a lower --lr"
+        )
+
+    content = {name: state.state_dict() for name, state in states.items()}
+    content |= {"config": asdict(model.cfg), "recipe": recipe, "step": step, **more}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # PyTorch closes its archive on the way out. What closing raises hides the first error, such
+        # as that of a full disk: find it.
+        while error.__context__ is not None:
+            error = error.__context__
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise error from None
+
+
+class Log:
+    """The lines that a run prints and those in log.jsonl, both from rank 0, with its speed."""
+
+    def __init__(self, out: Path, recipe: dict, batch_size, first_step, total_steps, ranks: Ranks):
+        self.path = out / "log.jsonl"
+        self.batch_size = batch_size
+        self.first_step = first_step
+        self.total_steps = total_steps
+        self.ranks = ranks
+        self.began = time.monotonic()
+        # Speed is measured from one line to the next.
+        self.interval_began = time.monotonic()
+        self.interval_step = first_step
+        self.waited = 0.0  # for data, in seconds
+
+        options = ", ".join(f"{name}={value}" for name, value in recipe.items())
+        ranks.say(wrap(f"recipe: {options}"))
+        self.write(first_step, recipe=recipe)
+
+    def write(self, step: int, **line) -> None:
+        """Adds a line to log.jsonl. Steps after a resumed run's last save are logged again."""
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None  # JSON has no NaN
+        if self.ranks.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step} | line) + "\n")
+
+    def say(self, text: str, step: int, **line) -> None:
+        """Prints a step's text, and adds `line` to log.jsonl."""
+        self.ranks.say(f"step {step:6d}  {text}")
+        self.write(step, **line)
+
+    def begin_interval(self, step: int) -> None:
+        self.interval_began = time.monotonic()
+        self.interval_step = step
+        self.waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time in its block as waiting for data."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def report(self, step: int, label: str, loss: Tensor, lr: float, scaler) -> None:
+        """Logs a step: its loss over all ranks, and the speed since the last line. UserError if the
+        loss is not finite, except in float16 while the scaler still skips such steps."""
+        loss = self.ranks.sum(loss.item())[0] / self.ranks.world  # a GPU sync
+        skipped = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not math.isfinite(loss) and not skipped:
+            raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
+
+        now = time.monotonic()
+        seconds = now - self.interval_began
+        views_per_second = (step - self.interval_step) * self.batch_size / seconds
+        wait = self.waited / seconds
+        # Looks and saves are included in the pace.
+        seconds_a_step = (now - self.began) / (step - self.first_step)
+        left = time_left(seconds_a_step * (self.total_steps - step))
+        self.say(
+            f"{label}  loss {loss:.3f}  lr {lr:.1e}  {views_per_second:.0f} views/s  "
+            f"wait {wait:.0%}  {left} left",
+            step,
+            label=label,
+            loss=loss,
+            lr=lr,
+            views_per_second=views_per_second,
+            wait=wait,
+            gpu_memory_bytes=torch.cuda.max_memory_allocated(),
+        )
+        self.begin_interval(step)
+
+
+def time_left(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.0f} h"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,10 +741,13 @@ class Ranks:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
-                raise UserError(f"no GPU for process {self.local_rank}: give --device cpu")
+                raise UserError(
+                    f"no GPU for process {self.local_rank}: this machine has "
+                    f"{torch.cuda.device_count()}. Start one process a GPU, or give --device cpu"
+                )
             torch.cuda.set_device(self.local_rank)
-        # The buffer of `sum`. It lives as long as the process group: gloo's thread would wait for
-        # Python's lock to drop the last reference to a tensor, and a fork or an exit could hang.
+        # What `sum` sums, made once and kept: gloo's thread needs Python's lock to free a tensor.
+        # If it waits for the lock during a fork or at the exit, the process hangs.
         self.numbers = torch.zeros(4, dtype=torch.float64)
         if self.world > 1:
             join_group(self.rank, self.world, self.device)
@@ -252,8 +789,8 @@ def join_group(rank: int, world: int, device: torch.device) -> None:
     """Joins the process group of torchrun's processes."""
     store, _, _ = next(dist.rendezvous("env://"))
     if world == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):
-        # On one machine, torchrun restarts with the same store. Under a prefix of its own, a
-        # restarted run does not meet the addresses of the one before.
+        # On one machine, torchrun restarts a run with the same store. A prefix of its own keeps it
+        # from reading the addresses of the attempt before.
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"restart {restarts}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -261,8 +798,8 @@ def join_group(rank: int, world: int, device: torch.device) -> None:
 
 
 def check_launch() -> None:
-    """UserError for the tasks of a cluster's job that do not know of each other: each would be a
-    run of its own, in the same folder."""
+    """UserError if a cluster started several processes without torchrun: each would be a run of
+    its own, in the same folder."""
     tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE")
     if "SLURM_PROCID" in os.environ:  # srun; a shell of salloc has only the other
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS")
@@ -322,8 +859,8 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
 
 
 def validation_split(root: str | os.PathLike, kind: str) -> str | None:
-    """What a data set calls the files that it holds out, or None. A folder of another name than
-    val/ counts only beside train/: else it may be a class."""
+    """What a data set calls the files that it holds out, or None. Other names than val/ count only
+    beside train/: without it, such a folder may be a class."""
     root = Path(root)
     if is_ssv2(root, kind):
         return "validation"
@@ -363,6 +900,8 @@ def list_ssv2(root: Path, split: str) -> Listing:
             name = file_names.get(sample["id"], f"{sample['id']}.webm")
             paths.append(f"{folder}/{name}")
             labels.append(index[sample["template"].replace("[", "").replace("]", "")])
+        if not paths:
+            raise ValueError("no videos in it")
     return Listing(paths, labels, classes)
 
 
@@ -427,536 +966,6 @@ def wrap(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# The model, its precision, and the sizes of micro-batches
-
-MODEL_OPTIONS = ("image_mask_ratio", "video_mask_ratio", "clip_seconds")  # of `OmniMAEConfig`
-
-
-def config_of(args: argparse.Namespace) -> omnimae.OmniMAEConfig:
-    """The sizes of --model, with the options given."""
-    given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
-    return replace(omnimae.MODELS[args.model], **given)
-
-
-def check_mask_ratios(cfg: omnimae.OmniMAEConfig, kinds) -> None:
-    """UserError for a ratio that masks no patch or all of them: now, not in the first step."""
-    for kind in kinds:
-        N, ratio = cfg.masking(kind)
-        omnimae.random_mask(1, N, ratio)
-
-
-def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None) -> omnimae.OmniMAE:
-    """The model to start from, with the run's mask ratios. It keeps its seconds of a clip, unless
-    others are given. UserError for a model of another size, or one without a decoder."""
-    model = omnimae.load_checkpoint(name).train()
-    cfg = replace(
-        cfg,
-        clip_seconds=clip_seconds or model.cfg.clip_seconds,
-        decoder_qkv_bias=model.cfg.decoder_qkv_bias,
-    )
-    given = {option: getattr(cfg, option) for option in MODEL_OPTIONS}
-    if not isinstance(model, omnimae.OmniMAE) or replace(model.cfg, **given) != cfg:
-        raise UserError(f"{name}: expected a pretraining checkpoint of the size of --model")
-    model.cfg = cfg
-    return model
-
-
-def prepare(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Module:
-    """Moves the model to the device. Returns it as all ranks train it together: with several ranks
-    wrapped in DDP, which shares its weights."""
-    model.to(ranks.device)
-    if args.checkpoint_activations:  # compute a block's activations again in the backward pass
-        for block in model.modules():
-            if isinstance(block, omnimae.Block):
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if args.compile:
-        model.compile(dynamic=False)  # once for images and once for videos
-    if ranks.world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False  # they are constant; as an argument it is deprecated
-    return model
-
-
-def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfig) -> tuple:
-    """Autocast and gradient scaler. The default is bfloat16, or float16 on GPUs without it; float32
-    for the demo model, and on CPUs without AVX-512, on which bfloat16 is many times slower."""
-    is_slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    if dtype is None:
-        if is_slow or is_small(cfg):
-            dtype = "float32"
-        elif device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-            dtype = "float16"
-        else:
-            dtype = "bfloat16"
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-
-
-def is_small(cfg: omnimae.OmniMAEConfig) -> bool:
-    """Whether a model is of the demo's kind, for laptops."""
-    return cfg.dim < 256
-
-
-# How many micro-batches a rank's share of a step has, how many pieces a micro-batch, and how many
-# files a piece.
-Cut = namedtuple("Cut", ["micro_batches", "pieces", "files"])
-
-
-def cut_batch(
-    args: argparse.Namespace, num_files: dict, num_views: dict, limits: dict, cfg, ranks: Ranks
-) -> dict[str, Cut]:
-    """How a rank's share of a step is cut into micro-batches, and these into pieces, by kind.
-
-    A micro-batch has --micro-batch views or, of those up to the limit, the largest number that
-    divides the share. UserError for a batch that does not divide, or is larger than a data set.
-    """
-    check_batch(args, num_files, num_views, ranks.world)
-    cuts = {}
-    for kind in num_files:
-        limit = limits[kind]
-        if is_small(cfg):
-            limit = SMALL_MICRO_BATCH
-        elif ranks.device.type == "cpu":
-            limit = min(limit, CPU_MICRO_BATCH)
-        views = num_views[kind]  # of a file
-        share = args.batch_size // ranks.world // views  # files of a rank in a step
-        if args.micro_batch:
-            files = args.micro_batch // views
-        else:
-            files = max(x for x in range(1, max(1, limit // views) + 1) if share % x == 0)
-
-        # Workers take turns, so one with much to read would hold up the others: 32 images or one
-        # video take about 70 ms. The demo's files are so small that handing them over counts more.
-        piece_files = math.gcd(32, files) if kind == "images" else 1
-        if is_small(cfg):
-            piece_files = files
-        cuts[kind] = Cut(share // files, files // piece_files, piece_files)
-    return cuts
-
-
-def describe_cuts(cuts: dict[str, Cut], num_views: dict[str, int]) -> str:
-    """Says how many views a device takes at once."""
-    views = {kind: cuts[kind].pieces * cuts[kind].files * num_views[kind] for kind in cuts}
-    parts = [f"{views[kind]} of {kind}" for kind in cuts]
-    return f"at once on a device: {' or '.join(parts)}"
-
-
-def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, world: int) -> None:
-    """UserError for a --batch-size that does not fit, which names the largest one that does."""
-    unit = world  # what the batch must be a multiple of
-    for views in num_views.values():
-        if args.micro_batch and args.micro_batch % views:
-            raise UserError(f"--micro-batch {args.micro_batch} must be a multiple of {views} views")
-        unit = math.lcm(unit, world * (args.micro_batch or views))
-    at_most = min(num_files[kind] * num_views[kind] for kind in num_files)
-    if args.batch_size % unit == 0 and args.batch_size <= at_most:
-        return
-
-    found = " and ".join(f"{num:,} {kind}" for kind, num in num_files.items())
-    largest = min(args.batch_size, at_most) // unit * unit
-    raise UserError(
-        f"--batch-size {args.batch_size} does not fit: expected a multiple of {unit} (processes x "
-        f"views at once), and at most {at_most} for {found}; "
-        + (f"the largest that fits is {largest}" if largest else "none fits")
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# The steps: which kind and which files, when
-
-Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how many of this file
-
-
-class Steps:
-    """The steps of a run. Each takes one batch of views, all of images or all of videos. In an
-    epoch a kind gets as many views as it has files: a quarter of the videos, with 4 views each."""
-
-    def __init__(self, num_files: dict, num_views: dict, batch_size: int, epochs: int, seed: int):
-        self.num_files = num_files  # by kind
-        self.num_views = num_views  # of a file, by kind
-        self.batch_size = batch_size
-        self.seed = seed
-        self.in_epoch = {kind: max(1, num // batch_size) for kind, num in num_files.items()}
-        self.per_epoch = sum(self.in_epoch.values())
-        self.total = epochs * self.per_epoch
-
-    @functools.lru_cache(maxsize=2)  # the loader is a few steps ahead of the loop
-    def of_epoch(self, epoch: int) -> list[tuple[str, np.ndarray]]:
-        """The kind and the files' indices of each step of an epoch. Files and steps are shuffled:
-        kinds take turns in random order, the same on every rank."""
-        steps = []
-        for kind, num in self.num_files.items():
-            rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
-            files = rng.permutation(num)
-            size = self.batch_size // self.num_views[kind]  # files in a step
-            for i in range(self.in_epoch[kind]):
-                steps.append((kind, files[i * size : (i + 1) * size]))
-        rng = np.random.default_rng((self.seed, epoch, 0))
-        return [steps[i] for i in rng.permutation(len(steps))]
-
-    def at(self, step: int) -> tuple[str, int, np.ndarray]:
-        """A step's kind, epoch, and the indices of its files, over all ranks."""
-        epoch, i = divmod(step, self.per_epoch)
-        kind, files = self.of_epoch(epoch)[i]
-        return kind, epoch, files
-
-    def pieces(self, first_step: int, cuts: dict[str, Cut], ranks: Ranks) -> Iterator[list[Sample]]:
-        """What this rank's loader reads, a piece at a time: the rank's share of each step."""
-        for step in range(first_step, self.total):
-            kind, epoch, files = self.at(step)
-            share = files.reshape(ranks.world, -1)[ranks.rank]
-            for piece in share.reshape(-1, cuts[kind].files).tolist():
-                yield [Sample(kind, epoch, index, self.num_views[kind]) for index in piece]
-
-
-# ------------------------------------------------------------------------------------------------
-# A run's folder: last.pt and log.jsonl, which rank 0 writes
-
-
-def recipe_of(args: argparse.Namespace, model: omnimae.OmniMAE, paths: dict, roots: dict) -> dict:
-    """All that a resumed run must have in common with the one in its folder: the options that
-    matter, the files, and (before training changes it) the model that it starts from."""
-    recipe = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
-    recipe |= {name: getattr(model.cfg, name) for name in MODEL_OPTIONS}
-    recipe |= {"video_views": args.video_views, "init": fingerprint_of_start(args.init, model)}
-    return recipe | {kind: fingerprint_of_files(paths[kind], roots[kind]) for kind in paths}
-
-
-def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
-    """Tells checkpoints of one name apart, by their step and by a few of each tensor's weights."""
-    if name is None:
-        return None
-    step = omnimae.read_checkpoint(name).get("step", "unknown")
-    some = [x.detach().flatten()[:16].cpu().numpy().tobytes() for x in model.parameters()]
-    return f"{name} (step {step}, {fingerprint(b''.join(some))})"
-
-
-def fingerprint_of_files(paths: list[str], root: str) -> str:
-    """Tells data sets apart by the names of their files."""
-    root = str(Path(root))  # as the paths begin: without a slash at the end
-    names = "\n".join(os.fspath(path).removeprefix(root) for path in paths)
-    return f"{len(paths)} files ({fingerprint(os.fsencode(names))})"
-
-
-def fingerprint(content: bytes) -> str:
-    """Eight digits that differ where the content does."""
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
-def resume(
-    out: Path, recipe: dict, states: dict, total_steps: int, anyway: bool, ranks: Ranks
-) -> dict:
-    """Continues from the folder's last.pt, if there is one. Returns its "step" and, in finetuning,
-    its "best" accuracy; {} for a new run.
-
-    `states` are the model, the optimizer and the scaler, which take over what the file holds.
-    UserError if the run in the folder had another recipe, unless `anyway`, or has no step left.
-    """
-    path = out / "last.pt"
-    out.mkdir(parents=True, exist_ok=True)
-    file = omnimae.read_checkpoint(path) if path.exists() else {}
-
-    # All ranks must have the same start. (Two machines may have different files under one name.)
-    step = file.get("step", 0)
-    number = int(fingerprint(repr(recipe).encode()), 16)
-    if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
-        raise UserError(f"not all machines see the same {path}, the same files and options")
-    if not file:
-        return {}
-
-    # The recipe must be the same, or what changes is named.
-    old = file.get("recipe", {})
-    changed = [name for name in {**old, **recipe} if old.get(name) != recipe.get(name)]
-    changes = ", ".join(f"{name} {old.get(name)} -> {recipe.get(name)}" for name in changed)
-    if changed and not anyway:
-        raise UserError(
-            f"{path} is of a run with another recipe: {changes}. Give another --out, or continue "
-            "it with the new values: --resume-anyway"
-        )
-
-    if changed and step >= total_steps:
-        raise UserError(f"{path} has done {step} steps, and all of this run are {total_steps}")
-
-    # An optimizer's state holds its options as well: the new ones stay.
-    optimizer = states["optimizer"]
-    new_options = [dict(group) for group in optimizer.param_groups]
-    try:
-        states["model"].load_state_dict(file["model"])
-        optimizer.load_state_dict(file["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this run: {omnimae.one_line(error)}") from error
-    for group, options in zip(optimizer.param_groups, new_options):
-        group.update({name: value for name, value in options.items() if name != "params"})
-    if file["scaler"]:  # empty where the scaler was off
-        states["scaler"].load_state_dict(file["scaler"])
-
-    ranks.say(f"resuming {out} after step {step}" + (f" with {changes}" if changed else ""))
-    return {name: file[name] for name in ("step", "best") if name in file}
-
-
-def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
-    """Saves a checkpoint atomically: a killed run leaves the old file or the new one. UserError if
-    a weight is not finite; OSError, with the old file in place, if the disk is full."""
-    model = states["model"]
-    if not all(weights.isfinite().all() for weights in model.parameters()):
-        raise UserError(
-            f"the weights of step {step} are not finite, and not saved: try a lower --lr"
-        )
-
-    content = {name: state.state_dict() for name, state in states.items()}
-    content |= {"config": asdict(model.cfg), "recipe": recipe, "step": step, **more}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        # PyTorch closes its archive on the way out, and what that raises hides the first error.
-        while error.__context__ is not None:
-            error = error.__context__
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise error from None
-
-
-class Log:
-    """The lines that a run prints and those in log.jsonl, both from rank 0, with its speed."""
-
-    def __init__(self, out: Path, recipe: dict, batch_size, first_step, total_steps, ranks: Ranks):
-        self.path = out / "log.jsonl"
-        self.batch_size = batch_size
-        self.first_step = first_step
-        self.total_steps = total_steps
-        self.ranks = ranks
-        self.began = time.monotonic()
-        # Speed is measured from one line to the next.
-        self.interval_began = time.monotonic()
-        self.interval_step = first_step
-        self.waited = 0.0  # for data, in seconds
-
-        options = ", ".join(f"{name}={value}" for name, value in recipe.items())
-        ranks.say(wrap(f"recipe: {options}"))
-        self.write(first_step, recipe=recipe)
-
-    def write(self, step: int, **line) -> None:
-        """Adds a line to log.jsonl. Steps after a resumed run's last save are logged again."""
-        if self.ranks.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step} | line) + "\n")
-
-    def say(self, text: str, step: int, **line) -> None:
-        """Prints a step's text, and adds `line` to log.jsonl."""
-        self.ranks.say(f"step {step:6d}  {text}")
-        self.write(step, **line)
-
-    def begin_interval(self, step: int) -> None:
-        self.interval_began = time.monotonic()
-        self.interval_step = step
-        self.waited = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time in its block as waiting for data."""
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began
-
-    def report(self, step: int, label: str, loss: Tensor, lr: float, scaler) -> None:
-        """Logs a step: its loss over all ranks, and the speed since the last line. UserError if the
-        loss is not finite, except in float16 while the scaler still skips such steps."""
-        loss = self.ranks.sum(loss.item())[0] / self.ranks.world  # a GPU sync
-        skipped = scaler.is_enabled() and scaler.get_scale() >= 1
-        if not math.isfinite(loss) and not skipped:
-            raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
-
-        now = time.monotonic()
-        seconds = now - self.interval_began
-        views_per_second = (step - self.interval_step) * self.batch_size / seconds
-        wait = self.waited / seconds
-        # Looks and saves are included in the pace.
-        seconds_a_step = (now - self.began) / (step - self.first_step)
-        left = time_left(seconds_a_step * (self.total_steps - step))
-        self.say(
-            f"{label}  loss {loss:.3f}  lr {lr:.1e}  {views_per_second:.0f} views/s  "
-            f"wait {wait:.0%}  {left} left",
-            step,
-            label=label,
-            loss=loss if math.isfinite(loss) else None,
-            lr=lr,
-            views_per_second=views_per_second,
-            wait=wait,
-            gpu_memory_bytes=torch.cuda.max_memory_allocated(),
-        )
-        self.begin_interval(step)
-
-
-def time_left(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.0f} h"
-
-
-# ------------------------------------------------------------------------------------------------
-# Views: the random crops of a file that a step trains on
-
-
-class Views(Dataset):
-    """Views of files, each with a random mask: random crops, or centre crops for `look`."""
-
-    def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, centre_crop=False):
-        self.cfg = cfg
-        self.seed = seed
-        # arrays: the reference counts of a list would make each worker copy its million strings
-        self.paths = {kind: np.array([os.fsencode(x) for x in paths[kind]]) for kind in paths}
-
-        size = cfg.image_size
-        bicubic = v2.InterpolationMode.BICUBIC
-        image_crop = v2.RandomResizedCrop(size, IMAGE_CROP, interpolation=bicubic)
-        video_crop = v2.RandomResizedCrop(size, VIDEO_CROP)  # bilinear
-        self.crops = {
-            "images": v2.Compose([image_crop, v2.RandomHorizontalFlip(IMAGE_FLIP)]),
-            "videos": video_crop,
-        }
-        if centre_crop:
-            self.crops = dict.fromkeys(KINDS, v2.Compose([v2.Resize(size), v2.CenterCrop(size)]))
-
-    def read(self, sample: Sample) -> tuple[Tensor, int]:
-        """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
-        unreadable file, and reads a random one instead. UserError after twenty."""
-        kind, epoch, index, _ = sample
-        for attempt in range(20):
-            # 0: the choice of file and clip. (1 + view, below: a view's crop and mask.)
-            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
-            if attempt > 0:
-                index = int(torch.randint(len(self.paths[kind]), ()))
-            path = os.fsdecode(self.paths[kind][index])
-            try:
-                if kind == "images":
-                    return omnimae.read_image(path), index
-                start = torch.rand(1).tolist()
-                clips = omnimae.read_clips(path, start, self.cfg.num_frames, self.cfg.clip_seconds)
-                return clips[0], index
-            except UserError as error:
-                print(error, file=sys.stderr, flush=True)
-        raise UserError(f"20 {kind} in a row could not be read: see the messages above")
-
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 (views, 3, [T,] H, W), and the indices of visible patches (views, V)."""
-        media, _ = self.read(sample)
-        N, ratio = self.cfg.masking(sample.kind)
-        pixels, visible = [], []
-        for view in range(sample.views):
-            seed_all(self.seed, sample.epoch, sample.index, KINDS.index(sample.kind), 1 + view)
-            pixels.append(self.crops[sample.kind](media).movedim(-3, 0))  # (3, [T,] H, W)
-            visible.append(omnimae.visible_indices(omnimae.random_mask(1, N, ratio))[0])
-        return torch.stack(pixels), torch.stack(visible)
-
-
-def seed_all(*key: int) -> None:
-    """Seeds PyTorch, so that what is drawn from here on depends on `key` only."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than a crop
-    if torch.cuda.is_initialized():  # not in a worker
-        torch.cuda.manual_seed(seed)
-
-
-def make_loader(
-    dataset, args, ranks: Ranks, batch_sampler, ready: int, collate_fn=default_collate
-) -> DataLoader:
-    """Reads what `batch_sampler` lists, in its order, in worker processes, of which each has at
-    least two pieces under way, and all together `ready`."""
-
-    def collate(samples: list):
-        return share_memory(collate_fn(samples))
-
-    def ignore_interrupts(_):  # Ctrl-C reaches every process; the main one ends its workers
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    options = {}
-    if args.workers:
-        options["multiprocessing_context"] = "fork"
-        options["persistent_workers"] = True
-        options["prefetch_factor"] = max(2, math.ceil(ready / args.workers))
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=collate,
-        num_workers=args.workers,
-        worker_init_fn=ignore_interrupts,
-        pin_memory=ranks.device.type == "cuda",
-        **options,
-    )
-
-
-def share_memory(batch):
-    """In a worker, moves a batch's tensors to shared memory. PyTorch would do it later, in a thread
-    whose errors are lost: without room in /dev/shm, the main process would wait for ever."""
-    if get_worker_info() is None:
-        return batch
-    if isinstance(batch, Tensor):
-        return batch.share_memory_()
-    return [share_memory(x) for x in batch] if isinstance(batch, list | tuple) else batch
-
-
-# ------------------------------------------------------------------------------------------------
-# In the loop
-
-
-def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=WARMUP) -> float:
-    """Grows linearly over the first `warmup` of the steps, then falls as a cosine to `end`."""
-    done = step / total
-    if done < warmup:
-        return FIRST_LEARNING_RATE + (peak - FIRST_LEARNING_RATE) * done / warmup
-    cosine = math.cos(math.pi * (done - warmup) / (1 - warmup))  # from 1 to -1
-    return end + (peak - end) * 0.5 * (1 + cosine)
-
-
-def join_pieces(pieces: Iterator, num: int, device: torch.device) -> list[Tensor]:
-    """A micro-batch from the loader's next pieces: what the dataset returns, as tensors (B, ...).
-    They are joined on the device: pieces come in pinned memory, whose copies do not wait."""
-    parts = []
-    for _ in range(num):
-        # (files, views, ...) -> (files x views, ...)
-        parts.append([x.to(device, non_blocking=True).flatten(0, 1) for x in next(pieces)])
-    return [torch.cat(tensors) for tensors in zip(*parts)]
-
-
-@torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
-@torch.no_grad()
-def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: Log, autocast):
-    """Logs the loss of 32 files of each kind, beside that of predicting 0, and draws the first.
-    What goes wrong here, such as unreadable files, is printed and does not end the run."""
-    device = log.ranks.device
-    for kind, paths in dataset.paths.items():
-        indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
-        losses, zero_losses = [], []
-        try:
-            for index in indices:
-                pixels, visible = dataset[Sample(kind, 0, index, 1)]  # always the same view
-                x = omnimae.normalize(pixels.to(device))
-                with autocast:
-                    loss, _, mask = model(x, visible.to(device))
-                    if index == 0:
-                        picture = omnimae.draw_reconstruction(model, x[0], mask[0])
-                masked = omnimae.to_patches(x, model.cfg)[0][mask]  # (M, P)
-                target, _, _ = omnimae.normalize_patches(omnimae.to_pixels(masked[None]))
-                losses.append(loss.item())
-                zero_losses.append(target.square().mean().item())
-            (out / "pictures").mkdir(exist_ok=True)
-            picture.save(out / "pictures" / f"{kind}_{step:06d}.png")
-        except (UserError, OSError) as error:
-            print(f"no look at {kind}: {error}", file=sys.stderr, flush=True)
-            continue
-
-        loss = np.mean(losses)
-        zero = np.mean(zero_losses)
-        name = f"{splits[kind]} {kind}"
-        text = f"{name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
-        log.say(text, step, label=name, look_loss=loss, zero_loss=zero)
-
-
-# ------------------------------------------------------------------------------------------------
 # Options, and errors
 
 
@@ -1014,7 +1023,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_workers() -> int:
-    """The CPU cores of a process, less one for itself. More than 16 workers help no GPU."""
+    """A process's CPU cores, less one for itself; at most 16, which feed a GPU that does not
+    --compile (README, Speed)."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:  # macOS
@@ -1054,7 +1064,7 @@ def non_empty(text: str) -> str:
 
 
 def run_script(main, parse_args) -> None:
-    """Runs a script. What its user can mend is printed in a line; other errors keep their
+    """Runs a script. Errors that its user can correct are printed as one line; others keep their
     traceback."""
     args = parse_args()
     script = sys.argv[0]
