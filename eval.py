@@ -295,7 +295,7 @@ def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ra
     files = list(zip(listing.paths, listing.labels))[ranks.rank :: ranks.world]
     size = 64 if kind == "images" else 1
     batches = [range(i, min(i + size, len(files))) for i in range(0, len(files), size)]
-    return train.make_loader(files, args, ranks, batches, ready=1, collate_fn=read_batch)
+    return train.make_loader(files, args, ranks, batches, read_ahead=1, collate_fn=read_batch)
 
 
 def is_video(path: str) -> bool:

@@ -9,6 +9,7 @@ in drop path, MixUp, CutMix and the noise that erasing fills in.
 """
 
 import argparse
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
     num_files = {kind: len(listing.paths)}
     cuts = train.cut_batch(args, num_files, {kind: 1}, MICRO_BATCH, cfg, ranks)
     steps = train.Steps(num_files, {kind: 1}, args.batch_size, args.epochs, args.seed)
-    accumulate = cuts[kind].micro_batches
+    cut = cuts[kind]
 
     # Continue where last.pt ends, if there is one.
     recipe = {name: getattr(args, name) for name in ("model", "freeze", "seed", *RECIPES[kind])}
@@ -139,8 +140,8 @@ def main(args: argparse.Namespace) -> None:
     ranks.say(f"log, best.pt, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     pieces = steps.pieces(first_step, cuts, ranks)
-    ready = 2 * cuts[kind].pieces  # read ahead: two micro-batches
-    loader = iter(train.make_loader(dataset, args, ranks, pieces, ready))
+    read_ahead = 2 * cut.pieces_per_micro_batch
+    loader = iter(train.make_loader(dataset, args, ranks, pieces, read_ahead))
     val_loader = file_loader(validation, kind, cfg, 1, args, ranks)  # one clip and crop, for speed
     saved_at = time.monotonic()
 
@@ -159,10 +160,10 @@ def main(args: argparse.Namespace) -> None:
             # Forward and backward. The gradients of the micro-batches add up. DDP averages them
             # over the ranks once a step, with the last one.
             mean_loss = torch.zeros((), device=ranks.device)
-            for i in range(accumulate):
+            for i in range(cut.micro_batches):
                 with log.waiting():
-                    micro_batch = train.join_pieces(loader, cuts[kind].pieces, ranks.device)
-                pixels, labels, boxes = micro_batch
+                    num = cut.pieces_per_micro_batch
+                    pixels, labels, boxes = train.join_pieces(loader, num, ranks.device)
                 train.seed_all(args.seed, step, ranks.rank, i)  # drop path, MixUp, CutMix, noise
                 x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W)
                 if args.augment == "full":
@@ -171,12 +172,12 @@ def main(args: argparse.Namespace) -> None:
                         x = tv_tensors.Video(x)  # MixUp refuses clips as plain tensors
                     x, labels = mix(x, labels)  # labels (B, classes)
                     x = x.as_subclass(Tensor)
-                parallel.require_backward_grad_sync = i == accumulate - 1
+                parallel.require_backward_grad_sync = i == cut.micro_batches - 1
                 with autocast:
                     logits = parallel(x)  # (B, classes)
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-                scaler.scale(loss / accumulate).backward()
-                mean_loss += loss.detach() / accumulate
+                scaler.scale(loss / cut.micro_batches).backward()
+                mean_loss += loss.detach() / cut.micro_batches
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -204,8 +205,8 @@ def main(args: argparse.Namespace) -> None:
 
     ranks.close()
     ranks.say(f"done: {out}/best.pt has validation top-1 {best:.2f}%. Next:")
-    folder = getattr(args, kind)
-    ranks.say(f"torchrun eval.py --checkpoint {out}/best.pt --{kind} {folder}")
+    options = ["--checkpoint", f"{out}/best.pt", f"--{kind}", getattr(args, kind)]
+    ranks.say(f"torchrun eval.py {shlex.join(options)}")
 
 
 def fill_in(args: argparse.Namespace, kind: str) -> None:

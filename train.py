@@ -8,11 +8,12 @@ step takes (steps, views) and does, then the model and how a batch is cut for it
 the processes, and the files of a data set. Last come the options and the demo data set.
 
 A view's random numbers depend only on (seed, epoch, file, view), the order of files only on (seed,
-epoch). So a step's files, crops and masks depend neither on the number of processes, workers or
-micro-batches nor on a restart: with one or two processes on CPUs, a resumed run ends with the same
-weights, bit for bit, as one that was never stopped.
+epoch). So a step's files, crops and masks do not depend on the number of processes, workers or
+micro-batches, nor on a restart. With one or two processes on CPUs, where sums are always rounded
+alike, a resumed run ends with the same weights, bit for bit, as one that was never stopped.
 
-finetune.py and eval.py import from here. Parameters that `main` never gives are for them.
+finetune.py and eval.py import from here. Parameters that `main` leaves at their defaults are for
+them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -86,25 +88,20 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks(args.device)  # this process's number, the number of processes, and the device
     out = Path(args.out)
 
-    # The files to train on, by kind. And files to look at, ten times a run: held-out ones if there
-    # are any, else training files.
+    # The files to train on, by kind, and those that are held out.
     roots = {}
     listings = {}
-    look_splits = {}
-    look_paths = {}
+    held_out = {}
     for kind in KINDS:
         if getattr(args, kind):
             root = data_root(getattr(args, kind), kind, ranks)
             roots[kind] = root
             listings[kind] = list_media(root, kind)
-            look_splits[kind] = "train"
-            look_paths[kind] = listings[kind].paths
             if validation_split(root, kind):
-                look_splits[kind] = "val"
-                look_paths[kind] = list_media(root, kind, "val").paths
-            if ranks.rank == 0:  # it reads the folders again
+                held_out[kind] = list_media(root, kind, "val").paths
+            if ranks.rank == 0:  # counting skipped files reads all folders again
                 ranks.say(describe(listings[kind], kind, root))
-    paths = {kind: listings[kind].paths for kind in listings}
+    paths = {kind: listing.paths for kind, listing in listings.items()}
 
     # The model. Every rank draws the same weights, from the same seed.
     cfg = config_of(args)
@@ -121,19 +118,16 @@ def main(args: argparse.Namespace) -> None:
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
-    # The steps. A step takes a batch of one kind, of which each rank takes its share. A device
-    # takes the share in micro-batches, of as many views as it holds. A worker of the loader reads a
-    # piece of a micro-batch, a few files: so small that no worker holds up the others for long.
-    # For example, ViT-B on 8 GPUs has a batch of 2048 views, and a rank's share is 256 views. With
-    # images, this is one micro-batch of 8 pieces of 32 files. With videos, this is 64 files: 4
-    # micro-batches of 64 views, each of 16 pieces of one file with its 4 views.
+    # The steps. Each takes a batch of one kind, of which each rank trains on its share. `Cut`, next
+    # to `Steps`, says how a share is cut into micro-batches for the device, and into pieces for the
+    # loader's workers.
     num_files = {kind: len(paths[kind]) for kind in paths}
     num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of one file
     cuts = cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
     steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
 
-    # Continue where last.pt ends, if there is one. The recipe tells this run from others. It is
-    # made here because it names the weights that the run starts from.
+    # Continue from last.pt, if there is one. The recipe identifies the run. It is made before
+    # `resume` replaces the weights that the run starts from, because it has their fingerprint.
     recipe = recipe_of(args, model, paths, roots)
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     resumed = resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
@@ -143,32 +137,36 @@ def main(args: argparse.Namespace) -> None:
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {describe_cuts(cuts, num_views)}")
     ranks.say(f"log, pictures, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Views(cfg, paths, args.seed)
-    look_dataset = Views(cfg, look_paths, args.seed, centre_crop=True)
     pieces = steps.pieces(first_step, cuts, ranks)
-    ready = 2 * max(cut.pieces for cut in cuts.values())  # read ahead: two micro-batches
-    loader = iter(make_loader(dataset, args, ranks, pieces, ready))
+    read_ahead = 2 * max(cut.pieces_per_micro_batch for cut in cuts.values())
+    loader = iter(make_loader(dataset, args, ranks, pieces, read_ahead))
+
+    # Ten times a run, look at held-out files or, if there are none, at training files.
+    look_dataset = Views(cfg, paths | held_out, args.seed, centre_crop=True)
+    look_every = math.ceil(steps.total / 10)
     saved_at = time.monotonic()
 
     # The loader goes through the same steps in the same order: its next pieces are this step's.
     for step in range(first_step, steps.total):
         kind = steps.at(step).kind
+        cut = cuts[kind]
         lr = learning_rate(step, steps.total, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # Forward and backward. The gradients of the micro-batches add up. DDP averages them over
         # the ranks once a step, with the last micro-batch.
-        accumulate = cuts[kind].micro_batches
         mean_loss = torch.zeros((), device=ranks.device)
-        for i in range(accumulate):
+        for i in range(cut.micro_batches):
+            # uint8 (B, 3, H, W) or (B, 3, T, H, W), and the indices of the visible patches (B, V)
             with log.waiting():
-                pixels, visible = join_pieces(loader, cuts[kind].pieces, ranks.device)
-            x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W), from uint8
-            parallel.require_backward_grad_sync = i == accumulate - 1  # no effect without DDP
+                pixels, visible = join_pieces(loader, cut.pieces_per_micro_batch, ranks.device)
+            x = omnimae.normalize(pixels)
+            parallel.require_backward_grad_sync = i == cut.micro_batches - 1  # only DDP has it
             with autocast:
-                loss, _, _ = parallel(x, visible)  # visible: the indices of visible patches (B, V)
-            scaler.scale(loss / accumulate).backward()
-            mean_loss += loss.detach() / accumulate
+                loss, _, _ = parallel(x, visible)
+            scaler.scale(loss / cut.micro_batches).backward()
+            mean_loss += loss.detach() / cut.micro_batches
 
         # The update. (To clip gradients: scaler.unscale_(optimizer), then clip_grad_norm_, here. A
         # new option belongs in `recipe_of`.)
@@ -185,35 +183,45 @@ def main(args: argparse.Namespace) -> None:
         # Rank 0 alone decides when to save. It saves before it looks: if looking crashes, no step
         # is lost. Meanwhile the others wait in their next step.
         if ranks.rank == 0:
-            look_now = done % math.ceil(steps.total / 10) == 0 or is_last
+            look_now = done % look_every == 0 or is_last
             minutes = (time.monotonic() - saved_at) / 60
             if look_now or minutes > args.save_minutes:
                 save(out / "last.pt", done, recipe, states)
                 saved_at = time.monotonic()
             if look_now:
-                look(model, look_dataset, look_splits, out, done, log, autocast)
+                look(model, look_dataset, held_out, out, done, log, autocast)
                 log.begin_interval(done)  # looking does not count in views/s
 
     ranks.close()
     ranks.say(f"done: {out}/last.pt; reconstructions in {out}/pictures/. Next:")
     for kind in paths:
         if listings[kind].labels:
-            data = f"--{kind} {getattr(args, kind)}"
-            ranks.say(f"torchrun finetune.py --checkpoint {out}/last.pt {data}")
+            options = ["--checkpoint", f"{out}/last.pt", f"--{kind}", getattr(args, kind)]
+            ranks.say(f"torchrun finetune.py {shlex.join(options)}")
         else:
-            ranks.say(f"finetuning needs class folders of {kind}")
+            ranks.say(f"to finetune on {kind}, put them into a folder for each class")
 
 
 # ------------------------------------------------------------------------------------------------
 # The steps: which kind and which files, when
 
-Step = namedtuple("Step", ["kind", "epoch", "files"])  # files: indices, over all ranks
-Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # views: how many of this file
+Step = namedtuple("Step", ["kind", "epoch", "files"])  # files: their indices, for all ranks
+Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # of one file; views: how many
+
+# A rank's share of a step is cut into micro-batches, of as many views as its device holds, and a
+# micro-batch into pieces, which the loader's workers read. Pieces take workers about equally long,
+# so no worker holds up the others. With ViT-B on 8 GPUs and a batch of 2048 views:
+#
+#               a share                  a micro-batch            a piece
+#     images    256 files, 256 views     256 files, 256 views     32 files, 32 views
+#     videos    64 files, 256 views      16 files, 64 views       1 file, 4 views
+Cut = namedtuple("Cut", ["micro_batches", "pieces_per_micro_batch", "files_per_piece"])
 
 
 class Steps:
     """The steps of a run. Each takes one batch of views, all of images or all of videos. In an
-    epoch a kind gets as many views as it has files: a quarter of the videos, with 4 views each."""
+    epoch a kind gets as many views as it has files (a quarter of the videos, with 4 views each),
+    less what does not fill a batch."""
 
     def __init__(self, num_files: dict, num_views: dict, batch_size: int, epochs: int, seed: int):
         self.num_files = num_files  # by kind
@@ -250,8 +258,8 @@ class Steps:
         """What this rank's loader reads, a piece at a time: the rank's share of each step."""
         for step in range(first_step, self.total):
             kind, epoch, files = self.at(step)
-            share = files.reshape(ranks.world, -1)[ranks.rank]
-            for piece in share.reshape(-1, cuts[kind].files).tolist():
+            share = files.reshape(ranks.world, -1)[ranks.rank]  # instead of a DistributedSampler
+            for piece in share.reshape(-1, cuts[kind].files_per_piece).tolist():
                 yield [Sample(kind, epoch, index, self.num_views[kind]) for index in piece]
 
 
@@ -320,10 +328,10 @@ def seed_all(*key: int) -> None:
 
 
 def make_loader(
-    dataset, args, ranks: Ranks, batch_sampler, ready: int, collate_fn=default_collate
+    dataset, args, ranks: Ranks, batch_sampler, read_ahead: int, collate_fn=default_collate
 ) -> DataLoader:
     """Reads what `batch_sampler` lists, in its order, in worker processes. Each of them has at
-    least two pieces under way, and all together at least `ready`."""
+    least two pieces under way, and all together at least `read_ahead`."""
 
     def ignore_interrupts(_):  # Ctrl-C reaches every process; the main one ends its workers
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -332,7 +340,7 @@ def make_loader(
     if args.workers:
         options["multiprocessing_context"] = "fork"
         options["persistent_workers"] = True
-        options["prefetch_factor"] = max(2, math.ceil(ready / args.workers))
+        options["prefetch_factor"] = max(2, math.ceil(read_ahead / args.workers))
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -361,16 +369,16 @@ def join_pieces(loader: Iterator, num: int, device: torch.device) -> list[Tensor
 
 def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=WARMUP) -> float:
     """Grows linearly over the first `warmup` of the steps, then falls as a cosine to `end`."""
-    done = step / total
-    if done < warmup:
-        return FIRST_LEARNING_RATE + (peak - FIRST_LEARNING_RATE) * done / warmup
-    cosine = math.cos(math.pi * (done - warmup) / (1 - warmup))  # from 1 to -1
+    progress = step / total
+    if progress < warmup:
+        return FIRST_LEARNING_RATE + (peak - FIRST_LEARNING_RATE) * progress / warmup
+    cosine = math.cos(math.pi * (progress - warmup) / (1 - warmup))  # from 1 to -1
     return end + (peak - end) * 0.5 * (1 + cosine)
 
 
 @torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
 @torch.no_grad()
-def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: Log, autocast):
+def look(model: omnimae.OmniMAE, dataset: Views, held_out, out: Path, step, log: Log, autocast):
     """Logs the loss of 32 files of each kind, relative to that of predicting zero, and draws the
     first. Unreadable files are reported, and do not end the run."""
     device = log.ranks.device
@@ -398,7 +406,7 @@ def look(model: omnimae.OmniMAE, dataset: Views, splits, out: Path, step, log: L
 
         loss = np.mean(losses)
         zero = np.mean(zero_losses)
-        name = f"{splits[kind]} {kind}"
+        name = f"{'val' if kind in held_out else 'train'} {kind}"
         text = f"{name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
         log.say(text, step, label=name, look_loss=loss, zero_loss=zero)
 
@@ -432,15 +440,15 @@ def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None)
 
 
 def prepare(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Module:
-    """Moves the model to the device. Returns it as all ranks train it together: with several ranks
-    wrapped in DDP, which averages their gradients."""
+    """Moves the model to the device. Returns the module to call in training: with several ranks it
+    is wrapped in DDP, which averages their gradients."""
     model.to(ranks.device)
     if args.checkpoint_activations:  # compute a block's activations again in the backward pass
         for block in model.modules():
             if isinstance(block, omnimae.Block):
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
-        model.compile(dynamic=False)  # once for images and once for videos
+        model.compile(dynamic=False)  # it compiles once for images and once for videos
     if ranks.world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # they are constant; as an argument it is deprecated
@@ -467,18 +475,13 @@ def is_small(cfg: omnimae.OmniMAEConfig) -> bool:
     return cfg.dim < 256
 
 
-# The number of micro-batches in a rank's share of a step, of pieces in a micro-batch, and of files
-# in a piece.
-Cut = namedtuple("Cut", ["micro_batches", "pieces", "files"])
-
-
 def cut_batch(
     args: argparse.Namespace, num_files: dict, num_views: dict, limits: dict, cfg, ranks: Ranks
 ) -> dict[str, Cut]:
     """How a rank's share of a step is cut into micro-batches, and these into pieces, by kind.
 
-    A micro-batch has --micro-batch views or, of those up to the limit, the largest number that
-    divides the share. UserError for a batch that does not divide, or is larger than a data set.
+    A micro-batch has --micro-batch views if given, else the largest divisor of the share up to the
+    limit. UserError for a batch that does not divide, or is larger than a data set.
     """
     check_batch(args, num_files, num_views, ranks.world)
     cuts = {}
@@ -510,7 +513,8 @@ def describe_cuts(cuts: dict[str, Cut], num_views: dict[str, int]) -> str:
     """Says how many views a device takes at once."""
     parts = []
     for kind, cut in cuts.items():
-        parts.append(f"{cut.pieces * cut.files * num_views[kind]} views of {kind}")
+        files = cut.pieces_per_micro_batch * cut.files_per_piece
+        parts.append(f"{files * num_views[kind]} views of {kind}")
     return f"micro-batches of {' or '.join(parts)}"
 
 
@@ -585,7 +589,7 @@ def resume(
     step = file.get("step", 0)
     number = int(fingerprint(repr(recipe).encode()), 16)
     if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
-        raise UserError(f"not all machines see the same {path}, the same files and recipe")
+        raise UserError(f"the machines disagree about {path}, the data's files or the recipe")
     if not file:
         return {}
 
@@ -600,7 +604,9 @@ def resume(
         )
 
     if changed and step >= total_steps:
-        raise UserError(f"{path} has done {step} steps, and all of this run are {total_steps}")
+        raise UserError(
+            f"{path} is at step {step}, beyond the end of this run (steps: {total_steps})"
+        )
 
     # An optimizer's state also holds the old options (weight decay, betas): the new ones stay.
     optimizer = states["optimizer"]
@@ -639,8 +645,8 @@ def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # PyTorch closes its archive on the way out. What closing raises hides the first error, such
-        # as that of a full disk: find it.
+        # On the way out PyTorch closes its archive, which raises again and hides the first error,
+        # such as that of a full disk: find it.
         while error.__context__ is not None:
             error = error.__context__
         if isinstance(error, OSError):
@@ -697,8 +703,9 @@ class Log:
         """Logs a step: its loss over all ranks, and the speed since the last line. UserError if the
         loss is not finite, except in float16 while the scaler still skips such steps."""
         loss = self.ranks.sum(loss.item())[0] / self.ranks.world  # a GPU sync
-        skipped = scaler.is_enabled() and scaler.get_scale() >= 1
-        if not math.isfinite(loss) and not skipped:
+        # A float16 gradient that overflows is skipped, and the scale halved. Under 1 it is lost.
+        may_skip = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not math.isfinite(loss) and not may_skip:
             raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
 
         now = time.monotonic()
@@ -746,8 +753,8 @@ class Ranks:
                     f"{torch.cuda.device_count()}. Start one process a GPU, or give --device cpu"
                 )
             torch.cuda.set_device(self.local_rank)
-        # What `sum` sums, made once and kept: gloo's thread needs Python's lock to free a tensor.
-        # If it waits for the lock during a fork or at the exit, the process hangs.
+        # What `sum` sums, made once and kept: gloo's thread needs the GIL to free a tensor. If it
+        # waits for the GIL during a fork or at the exit, the process hangs.
         self.numbers = torch.zeros(4, dtype=torch.float64)
         if self.world > 1:
             join_group(self.rank, self.world, self.device)
@@ -760,6 +767,7 @@ class Ranks:
     def sum(self, *values: float) -> list[float]:
         """Sums up to four numbers over all ranks, on the host: no GPU sync. A call waits until all
         ranks have made it."""
+        self.numbers.zero_()
         self.numbers[: len(values)] = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(self.numbers)
@@ -1086,7 +1094,7 @@ def run_script(main, parse_args) -> None:
 def sentence_about(error: Exception, args: argparse.Namespace) -> str | None:
     """What to tell a user about an error, or None if it is a mistake in the code."""
     message = f"{type(error).__name__}: {error}"
-    if "shared memory" in message or "torch_shm" in message:
+    if "shared memory(shm)" in message or "out of shared memory" in message:
         return (
             "no room in /dev/shm, through which the loader's processes hand over data: enlarge it "
             "(docker run --shm-size=8g), or load in the main process (--workers 0)"
