@@ -1259,6 +1259,12 @@ def test_ssv2_without_its_folder_of_videos_is_an_error_that_names_it(ssv2):
         train.list_media(ssv2, "videos")
 
 
+def test_an_empty_list_of_videos_is_an_error_that_names_it(ssv2):
+    (ssv2 / "labels/validation.json").write_text("[]")
+    with pytest.raises(UserError, match="validation.json"):
+        train.list_media(ssv2, "videos", "val")
+
+
 def test_a_template_of_no_class_is_an_error_that_names_the_list(ssv2):
     samples = [{"id": "7", "template": "Class [number] 99"}]
     (ssv2 / "labels/train.json").write_text(json.dumps(samples))
