@@ -135,8 +135,8 @@ def main(args: argparse.Namespace) -> None:
     best = resumed.get("best", -1.0)  # top-1 on the held-out files, in %
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    views = train.describe_cuts(cuts, {kind: 1})
-    ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {views}")
+    at_once = train.describe_cuts(cuts, {kind: 1})
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, at once {at_once}")
     ranks.say(f"log, best.pt, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     pieces = steps.pieces(first_step, cuts, ranks)

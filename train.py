@@ -134,7 +134,8 @@ def main(args: argparse.Namespace) -> None:
     first_step = resumed.get("step", 0)
 
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    ranks.say(f"{steps.total:,} steps of {args.batch_size} views; {describe_cuts(cuts, num_views)}")
+    at_once = describe_cuts(cuts, num_views)
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, at once {at_once}")
     ranks.say(f"log, pictures, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Views(cfg, paths, args.seed)
     pieces = steps.pieces(first_step, cuts, ranks)
@@ -510,12 +511,13 @@ def cut_batch(
 
 
 def describe_cuts(cuts: dict[str, Cut], num_views: dict[str, int]) -> str:
-    """Says how many views a device takes at once."""
+    """Says how many views a micro-batch has. Those of a video are clips."""
+    nouns = {"images": "images", "videos": "clips"}
     parts = []
     for kind, cut in cuts.items():
         files = cut.pieces_per_micro_batch * cut.files_per_piece
-        parts.append(f"{files * num_views[kind]} views of {kind}")
-    return f"micro-batches of {' or '.join(parts)}"
+        parts.append(f"{files * num_views[kind]} {nouns[kind]}")
+    return " or ".join(parts)
 
 
 def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, world: int) -> None:
