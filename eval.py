@@ -1,8 +1,8 @@
 """Evaluate a finetuned model, label files, or look at reconstructions.
 
-    torchrun --nproc_per_node=8 eval.py --checkpoint vit_b_ssv2 --videos /data/ssv2    accuracy
-    python eval.py --checkpoint vit_b_in1k dog.jpg cats/                          five best labels
-    python eval.py --checkpoint vit_b_pretrain dog.jpg clip.mp4                   reconstructions
+    torchrun --nproc_per_node=8 eval.py --checkpoint vit_b_ssv2 --videos /data/ssv2    # accuracy
+    python eval.py --checkpoint vit_b_in1k dog.jpg cats/                       # five best labels
+    python eval.py --checkpoint vit_b_pretrain dog.jpg clip.mp4                 # reconstructions
 
 As released, an image is one view: the short side resized to 224, the centre cropped. A video is 15
 views, 5 clips in time x 3 crops in space, whose logits are averaged.
@@ -30,7 +30,7 @@ import omnimae
 import train
 from omnimae import UserError
 
-CLIPS = 5  # of a video, evenly spread in time (released protocol)
+CLIPS = 5  # of a video: they begin at 0/5 to 4/5 of the last possible start (released protocol)
 CROPS = 3  # of a clip, along its long side (released protocol)
 HELD_OUT = 10  # without a val split, every 10th file of a class is held out (this project)
 
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     is_pretrained = isinstance(model, omnimae.OmniMAE)
     if is_pretrained and (args.labels or not args.files):
         raise UserError(
-            f"{args.checkpoint} is a pretraining checkpoint, without classes: it only draws files"
+            f"{args.checkpoint} is a pretraining checkpoint, which only reconstructs: give it files"
         )
     if not is_pretrained and args.mask_ratio:
         raise UserError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
@@ -72,7 +72,7 @@ def evaluate(model: omnimae.Classifier, args, ranks: train.Ranks, autocast) -> N
             f"{args.checkpoint} has {num_classes} classes without names, and {root} has "
             f"{len(listing.classes)} classes: expected the same, in the same order"
         )
-    if ranks.rank == 0:  # it reads the folders again
+    if ranks.rank == 0:  # counting skipped files reads all folders again
         ranks.say(train.describe(listing, kind, root))
         if not args.all:
             ranks.say(describe_split(root, kind, len(listing.paths)))
@@ -142,134 +142,7 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------
-# Labels and pictures of single files
-
-
-def classify_files(model: omnimae.Classifier, args, device, autocast) -> None:
-    """Prints the five best labels of each file."""
-    names = class_names(model, args.labels)
-    for path, pixels in read_files(files_of(args.files), model.cfg, CLIPS):
-        probabilities = predict(model, pixels.to(device), CROPS, autocast)[0].softmax(0)
-        best = probabilities.topk(min(5, len(names)))
-        print(path)
-        for value, index in zip(best.values.tolist(), best.indices.tolist()):
-            print(f"  {value:7.2%}  {names[index]}")
-
-
-def reconstruct_files(model: omnimae.OmniMAE, args, device, autocast) -> None:
-    """Draws original, visible patches and reconstruction of each file, as a PNG under --out. The
-    pictures keep the folders of their files, so that two files of one name give two pictures."""
-    paths = files_of(args.files)
-    common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    for path, pixels in read_files(paths, model.cfg, num_clips=1):
-        x = to_views(pixels.to(device), model.cfg.image_size, num_crops=1)
-        N, ratio = model.cfg.masking("videos" if is_video(path) else "images")
-        mask = omnimae.random_mask(1, N, args.mask_ratio or ratio, torch.Generator().manual_seed(0))
-        with autocast:
-            picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(device))
-        target = Path(args.out) / (os.path.relpath(os.path.abspath(path), common) + ".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(target)
-        print(target)
-
-
-def read_files(paths: list[str], cfg, num_clips: int):
-    """Yields the path and the pixels of each file. Names unreadable files, and raises a UserError
-    for them after all others."""
-    num_unreadable = 0
-    for path in paths:
-        try:
-            pixels = read_pixels(path, cfg, num_clips)
-        except UserError as error:
-            print(error, file=sys.stderr, flush=True)
-            num_unreadable += 1
-            continue
-        yield path, pixels
-    if num_unreadable:
-        raise UserError(f"{num_unreadable} of {len(paths)} files could not be read, see above")
-
-
-def files_of(names: list[str]) -> list[str]:
-    """Files, and the images and videos in folders and in the folders in these."""
-    suffixes = train.SUFFIXES["images"] + train.SUFFIXES["videos"]
-    paths = []
-    for name in names:
-        if not os.path.isdir(name):
-            paths.append(name)
-            continue
-        found = []
-        for folder, folders, files in os.walk(name):
-            folders[:] = sorted(x for x in folders if not x.startswith("."))
-            for file in sorted(files):
-                if file.lower().endswith(suffixes) and not file.startswith("."):
-                    found.append(os.path.join(folder, file))
-        if not found:
-            raise UserError(f"{name}: no images or videos in this folder")
-        paths += found
-    return paths
-
-
-def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
-    """Names from --labels or the checkpoint; for IN1k torchvision's; otherwise numbers."""
-    names = train.read_classes(path) if path else model.classes
-    num = model.head.out_features
-    if num == 1000 and (not names or names[0] == "n01440764"):
-        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # sorted by wnid
-    if names and len(names) != num:
-        raise UserError(f"{path or 'the checkpoint'} names {len(names)} classes, not {num}")
-    return names or [f"class {i}" for i in range(num)]
-
-
-# ------------------------------------------------------------------------------------------------
-# Labelled files, and the views of a file
-
-
-def list_labelled(root: str, kind: str, split: str, classes: list | None = None) -> train.Listing:
-    """Lists the "train" or "val" split, or "all" files of a data set that has no splits.
-
-    Labels index `classes`, by default the data set's own. Without a val split, every 10th file of a
-    class is held out, but never its only file. UserError for files without labels, for a class that
-    is not among `classes`, and, if these are the data set's own, for less than two.
-    """
-    has_split = train.validation_split(root, kind) is not None
-    if has_split and split == "all":
-        raise UserError(f"{root} has a validation split, which is evaluated without --all")
-    paths, labels, names = train.list_media(root, kind, split if has_split else "train")
-    if labels is None:
-        raise UserError(f"{root}: {kind} without labels; expected <class>/<file>")
-
-    if not has_split and split != "all":
-        labels_array = np.array(labels)
-        first = np.searchsorted(labels_array, labels_array)  # of its class: labels are in order
-        nth = np.arange(len(labels)) - first
-        is_alone = np.bincount(labels_array)[labels_array] == 1
-        is_held_out = (nth % HELD_OUT == 0) & ~is_alone
-        chosen = np.flatnonzero(is_held_out == (split == "val")).tolist()
-        paths = [paths[i] for i in chosen]
-        labels = [labels[i] for i in chosen]
-    if not paths:
-        raise UserError(f"{root}: no {kind} to hold out: each class has one file only")
-
-    if classes is None:
-        classes = names
-        if len(set(labels)) < 2:
-            raise UserError(f"{root}: {split} has only one class; expected 2 or more")
-    unknown = [name for name in names if name not in set(classes)]
-    if unknown:
-        raise UserError(
-            f"{root}: {split} has classes that the training has not: {', '.join(unknown[:5])}"
-        )
-    index = {name: i for i, name in enumerate(classes)}
-    return train.Listing(paths, [index[names[label]] for label in labels], classes)
-
-
-def describe_split(root: str, kind: str, num_held_out: int) -> str:
-    """Says which files are held out, and how many of how many."""
-    name = train.validation_split(root, kind)
-    if name is not None:
-        return f"validation files: all {num_held_out:,} of {name}"
-    num = len(train.list_media(root, kind).paths)
-    return f"validation files: every {HELD_OUT}th file (no val/): {num_held_out:,} of {num:,}"
+# The views of a file
 
 
 def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ranks: train.Ranks):
@@ -286,7 +159,7 @@ def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ra
                 continue
             if get_worker_info():
                 # PyTorch would do this later, in a thread whose errors are lost: without room in
-                # /dev/shm, the main process would wait for ever.
+                # /dev/shm, the main process would hang.
                 x.share_memory_()
             pixels.append(x)
             labels.append(label)
@@ -304,7 +177,7 @@ def is_video(path: str) -> bool:
 
 def read_pixels(path: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> Tensor:
     """Reads an image, uint8 (1, 3, S, S), resized by PIL (bicubic, antialiased), or the clips of a
-    video, uint8 (clips, T, 3, H, W), not resized."""
+    video, uint8 (clips, T, 3, H, W), not resized. One clip is that at the start of the video."""
     if is_video(path):
         starts = [Fraction(i, num_clips) for i in range(num_clips)]
         return omnimae.read_clips(path, starts, cfg.num_frames, cfg.clip_seconds)
@@ -340,6 +213,137 @@ def to_views(pixels: Tensor, size: int, num_crops: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
+# Labels and pictures of single files
+
+
+def classify_files(model: omnimae.Classifier, args, device, autocast) -> None:
+    """Prints the five best labels of each file."""
+    names = class_names(model, args.labels)
+    for path, pixels in read_files(files_of(args.files), model.cfg, CLIPS):
+        probabilities = predict(model, pixels.to(device), CROPS, autocast)[0].softmax(0)
+        best = probabilities.topk(min(5, len(names)))
+        print(path)
+        for value, index in zip(best.values.tolist(), best.indices.tolist()):
+            print(f"  {value:7.2%}  {names[index]}")
+
+
+def reconstruct_files(model: omnimae.OmniMAE, args, device, autocast) -> None:
+    """Draws original, visible patches and reconstruction of each file, as a PNG under --out. The
+    pictures keep the folders of their files, so that two files with the same name do not clash."""
+    paths = files_of(args.files)
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    for path, pixels in read_files(paths, model.cfg, num_clips=1):
+        x = to_views(pixels.to(device), model.cfg.image_size, num_crops=1)
+        N, ratio = model.cfg.masking("videos" if is_video(path) else "images")
+        mask = omnimae.random_mask(1, N, args.mask_ratio or ratio, torch.Generator().manual_seed(0))
+        with autocast:
+            picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(device))
+        target = Path(args.out) / (os.path.relpath(os.path.abspath(path), common) + ".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target)
+        print(target)
+
+
+def read_files(paths: list[str], cfg, num_clips: int):
+    """Yields the path and the pixels of each file. Names unreadable files, and raises a UserError
+    for them after all others."""
+    num_unreadable = 0
+    for path in paths:
+        try:
+            pixels = read_pixels(path, cfg, num_clips)
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            num_unreadable += 1
+            continue
+        yield path, pixels
+    if num_unreadable:
+        raise UserError(f"{num_unreadable} of {len(paths)} files could not be read, see above")
+
+
+def files_of(names: list[str]) -> list[str]:
+    """Files, and for folders the images and videos in them, recursively."""
+    suffixes = train.SUFFIXES["images"] + train.SUFFIXES["videos"]
+    paths = []
+    for name in names:
+        if not os.path.isdir(name):
+            paths.append(name)
+            continue
+        found = []
+        for folder, folders, files in os.walk(name):
+            folders[:] = sorted(x for x in folders if not x.startswith("."))
+            for file in sorted(files):
+                if file.lower().endswith(suffixes) and not file.startswith("."):
+                    found.append(os.path.join(folder, file))
+        if not found:
+            raise UserError(f"{name}: no images or videos in this folder")
+        paths += found
+    return paths
+
+
+def class_names(model: omnimae.Classifier, path: str | None) -> list[str]:
+    """Names from --labels or the checkpoint; for IN1k torchvision's; otherwise numbers."""
+    names = train.read_classes(path) if path else model.classes
+    num = model.head.out_features
+    if num == 1000 and (not names or names[0] == "n01440764"):
+        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]  # sorted by wnid
+    if names and len(names) != num:
+        raise UserError(f"{path or 'the checkpoint'} names {len(names)} classes, not {num}")
+    return names or [f"class {i}" for i in range(num)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Labelled files, and which of them are held out
+
+
+def list_labelled(root: str, kind: str, split: str, classes: list | None = None) -> train.Listing:
+    """Lists the "train" or "val" split, or "all" files of a data set that has no splits.
+
+    Labels index `classes`, by default the data set's own. Without a val split, every 10th file of a
+    class is held out, but never its only file. UserError for files without labels, for a class that
+    is not among `classes`, and, if these are the data set's own, for fewer than two.
+    """
+    has_split = train.validation_split(root, kind) is not None
+    if has_split and split == "all":
+        raise UserError(f"{root} has a validation split, which is evaluated without --all")
+    paths, labels, names = train.list_media(root, kind, split if has_split else "train")
+    if labels is None:
+        raise UserError(f"{root}: {kind} without labels; expected <class>/<file>")
+
+    if not has_split and split != "all":
+        labels_array = np.array(labels)
+        first = np.searchsorted(labels_array, labels_array)  # of its class: labels are in order
+        nth = np.arange(len(labels)) - first
+        is_alone = np.bincount(labels_array)[labels_array] == 1
+        is_held_out = (nth % HELD_OUT == 0) & ~is_alone
+        chosen = np.flatnonzero(is_held_out == (split == "val")).tolist()
+        paths = [paths[i] for i in chosen]
+        labels = [labels[i] for i in chosen]
+    if not paths:
+        raise UserError(f"{root}: no {kind} to hold out: each class has one file only")
+
+    if classes is None:
+        classes = names
+        if len(set(labels)) < 2:
+            raise UserError(f"{root}: {split} has only one class; expected 2 or more")
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in names if name not in index]
+    if unknown:
+        raise UserError(
+            f"{root}: {split} has classes that the model does not know: {', '.join(unknown[:5])}"
+        )
+    return train.Listing(paths, [index[names[label]] for label in labels], classes)
+
+
+def describe_split(root: str, kind: str, num_held_out: int) -> str:
+    """Says which files are held out, and how many of how many."""
+    name = train.validation_split(root, kind)
+    if name is not None:
+        return f"validation files: all {num_held_out:,} of {name}"
+    num = len(train.list_media(root, kind).paths)
+    return f"validation files: every {HELD_OUT}th file (no val/): {num_held_out:,} of {num:,}"
+
+
+# ------------------------------------------------------------------------------------------------
 # Options
 
 
@@ -372,7 +376,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--out",
         type=train.non_empty,
         default="reconstructions",
-        help="for pictures (reconstructions/)",
+        help="folder for reconstructions (default: reconstructions)",
     )
     train.add_shared_options(parser)
     args = parser.parse_args(argv)

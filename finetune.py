@@ -1,9 +1,9 @@
 """Finetune a pretrained encoder to classify images or videos. The same command resumes a run.
 
-    torchrun finetune.py --checkpoint runs/demo/last.pt --videos demo             minutes on a CPU
+    torchrun finetune.py --checkpoint runs/demo/last.pt --videos demo           # minutes on a CPU
     torchrun --nproc_per_node=8 finetune.py --checkpoint vit_b_pretrain --images /data/in1k
 
-The run's folder holds last.pt and best.pt, from the epoch with the best validation accuracy.
+The run's folder holds last.pt, and best.pt from the epoch with the best validation accuracy.
 Random numbers depend on (seed, epoch, file) in the loader, and on (seed, step, rank, micro-batch)
 in drop path, MixUp, CutMix and the noise that erasing fills in.
 """
@@ -25,7 +25,7 @@ import train
 from eval import accuracy, describe_split, file_loader, list_labelled
 
 # The recipes: the released configurations for ViT-B. `lr` is the peak learning rate for that batch
-# size, and in proportion for others. `augment`: "full", or "crop" for crop and flip only.
+# size, and scaled in proportion for others. `augment`: "full", or "crop" for crop and flip only.
 RECIPES = {
     "images": {  # ImageNet-1k
         "epochs": 100,
@@ -38,7 +38,7 @@ RECIPES = {
         "augment": "full",
     },
     "videos": {  # SSv2
-        "epochs": 40,  # the file says 100, but its comment calls 12.5% of them 5, which makes 40
+        "epochs": 40,  # the config says 100, but by its comment 12.5% of them are 5 epochs
         "batch_size": 256,
         "lr": 1e-3,
         "warmup": 0.125,
@@ -59,7 +59,7 @@ RECIPES = {
     },
 }
 # No recipe was released for ViT-L and ViT-H, whose released definitions have drop path 0.1. These
-# are MAE's for ImageNet.
+# values are MAE's for ImageNet, here for videos as well; the others are those of ViT-B.
 LARGER_RECIPES = {
     "vit_l": {"layer_decay": 0.75, "drop_path": 0.2},
     "vit_h": {"layer_decay": 0.75, "drop_path": 0.3},
@@ -71,10 +71,13 @@ LAST_LEARNING_RATE = 1e-6  # the cosine ends here
 LABEL_SMOOTHING = 0.1
 MIXUP_ALPHA = 0.8
 CUTMIX_ALPHA = 1.0
-RAND_AUGMENT = {"images": (2, 9.0), "videos": (4, 7.0)}  # operations and magnitude of 10
+RAND_AUGMENT = {
+    "images": (2, 9.0),
+    "videos": (4, 7.0),
+}  # number of operations, magnitude from 0 to 10
 ERASE_PROBABILITY = 0.25
 HEAD_STD = {"images": 2e-5, "videos": 0.01}  # of a new head's weights
-MICRO_BATCH = {"images": 32, "videos": 8}  # views at once on a GPU, as released
+MICRO_BATCH = {"images": 32, "videos": 8}  # on a GPU, as released; MixUp stays within one
 
 # ------------------------------------------------------------------------------------------------
 # Finetuning
@@ -85,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     kind = "images" if args.images else "videos"
 
-    # The checkpoint to start from. Its size decides what the recipe is.
+    # The checkpoint to start from. Its size, the kind and the options make the recipe.
     start = None  # from scratch
     if args.checkpoint != "scratch":
         start = ranks.first_then_others(omnimae.load_checkpoint, args.checkpoint)
@@ -101,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     listing = list_labelled(root, kind, "train")
     classes = listing.classes
     validation = list_labelled(root, kind, "val", classes)
-    if ranks.rank == 0:  # it reads the folders again
+    if ranks.rank == 0:  # counting skipped files reads all folders again
         ranks.say(train.describe(listing, kind, root))
         ranks.say(describe_split(root, kind, len(validation.paths)))
 
@@ -116,10 +119,11 @@ def main(args: argparse.Namespace) -> None:
     cutmix = v2.CutMix(alpha=CUTMIX_ALPHA, num_classes=len(classes))
     mix = v2.RandomChoice([mixup, cutmix])  # one of the two for each micro-batch
 
-    # The steps, as in train.py, of one kind and one view of each file.
+    # The steps, as in train.py (see `train.Cut`), with one kind, and one view of each file.
     num_files = {kind: len(listing.paths)}
-    cuts = train.cut_batch(args, num_files, {kind: 1}, MICRO_BATCH, cfg, ranks)
-    steps = train.Steps(num_files, {kind: 1}, args.batch_size, args.epochs, args.seed)
+    num_views = {kind: 1}
+    cuts = train.cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
+    steps = train.Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
     cut = cuts[kind]
 
     # Continue where last.pt ends, if there is one.
@@ -128,6 +132,7 @@ def main(args: argparse.Namespace) -> None:
     if start:
         recipe["checkpoint"] = train.fingerprint_of_start(args.checkpoint, start)
     recipe[kind] = train.fingerprint_of_files(listing.paths, root)
+    recipe["validation"] = train.fingerprint_of_files(validation.paths, root)
     recipe["classes"] = f"{len(classes)} ({train.fingerprint(repr(classes).encode())})"
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     resumed = train.resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
@@ -135,9 +140,9 @@ def main(args: argparse.Namespace) -> None:
     best = resumed.get("best", -1.0)  # top-1 on the held-out files, in %
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    at_once = train.describe_cuts(cuts, {kind: 1})
+    at_once = train.describe_cuts(cuts, num_views)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views, at once {at_once}")
-    ranks.say(f"log, best.pt, and last.pt every {args.save_minutes:g} minutes: {out}/")
+    ranks.say(f"best.pt, log, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     pieces = steps.pieces(first_step, cuts, ranks)
     read_ahead = 2 * cut.pieces_per_micro_batch
@@ -145,8 +150,8 @@ def main(args: argparse.Namespace) -> None:
     val_loader = file_loader(validation, kind, cfg, 1, args, ranks)  # one clip and crop, for speed
     saved_at = time.monotonic()
 
-    # If last.pt is of an epoch's end, this epoch has no step left. It is validated (again): the run
-    # may have been killed before.
+    # If last.pt was saved at an epoch's end, this epoch has no step left, but perhaps it was not
+    # validated: it is repeated without steps.
     first_epoch = max(0, first_step - 1) // steps.per_epoch
     for epoch in range(first_epoch, args.epochs):
         model.train()
@@ -164,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
                 with log.waiting():
                     num = cut.pieces_per_micro_batch
                     pixels, labels, boxes = train.join_pieces(loader, num, ranks.device)
-                train.seed_all(args.seed, step, ranks.rank, i)  # drop path, MixUp, CutMix, noise
+                train.seed_all(args.seed, step, ranks.rank, i)  # drop path, MixUp, noise
                 x = omnimae.normalize(pixels)  # (B, 3, H, W) or (B, 3, T, H, W)
                 if args.augment == "full":
                     x = erase(x, boxes)
@@ -185,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
             done = step + 1
             if done == 1 or done % args.log_every == 0 or done == end:
                 log.report(done, f"epoch {epoch}", mean_loss, lr, scaler)
-            # Save before validating, which must not cost an epoch.
+            # Save before validating, so that a crash there costs no step.
             save_now = done == end or time.monotonic() - saved_at > 60 * args.save_minutes
             if save_now and ranks.rank == 0:
                 train.save(out / "last.pt", done, recipe, states, classes=classes, best=best)
@@ -254,7 +259,7 @@ def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay
         if not parameter.requires_grad:
             continue
         if name.startswith("encoder.blocks."):
-            layer = int(name.split(".")[2]) + 1
+            layer = int(name.split(".")[2]) + 1  # encoder.blocks.0.norm1.weight: 0 + 1
         elif name.startswith("encoder."):
             layer = 0
         else:
@@ -316,7 +321,7 @@ def rand_augment(media: Tensor, num: int, magnitude: float) -> Tensor:
 
 def erase(x: Tensor, boxes: Tensor) -> Tensor:
     """Erases boxes (B, 4) in ImageNet-normalised x, (B, 3, H, W) or (B, 3, T, H, W): black in
-    images, standard normal noise in all frames of clips (uint8 views could not hold it)."""
+    images, new standard normal noise in each frame of clips (uint8 could not hold it)."""
     top, left, height, width = (side.view(-1, *[1] * (x.ndim - 1)) for side in boxes.T)
     row = torch.arange(x.shape[-2], device=x.device)[:, None]  # (H, 1)
     column = torch.arange(x.shape[-1], device=x.device)  # (W,)
@@ -352,19 +357,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=train.non_empty,
         help="folder of the run (default: runs/CHECKPOINT_images or _videos)",
     )
-    add("--epochs", type=train.positive_int, help="defaults of these: see the README")
+    add("--epochs", type=train.positive_int, help="the defaults from here: see RECIPES")
     add("--batch-size", type=train.positive_int, help="over all processes")
     add("--lr", type=train.positive_float, help="peak (default: in proportion to the batch size)")
     add("--weight-decay", type=train.float_from_zero, help="not on biases and LayerNorms")
-    add("--layer-decay", type=train.positive_float, help="learning rate relative to next layer's")
-    add("--drop-path", type=train.float_from_zero, help="probability in the last block")
+    add("--layer-decay", type=train.positive_float, help="factor for each layer below the head")
+    add("--drop-path", type=train.fraction, help="probability in the last block")
     add("--augment", choices=["full", "crop"], help="the full recipe, or only crop and flip")
     add("--freeze", action="store_true", help="train norm and head only")
     train.add_shared_options(parser)
     train.add_training_options(parser)
     args = parser.parse_args(argv)
     if bool(args.images) == bool(args.videos):
-        parser.error("expected either --images DIR or --videos DIR")
+        parser.error("expected exactly one of --images DIR and --videos DIR")
     if (args.checkpoint == "scratch") != bool(args.model):
         parser.error("expected --model with --checkpoint scratch, and only then")
     start_name = Path(args.checkpoint).parent.name or args.checkpoint

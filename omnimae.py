@@ -2,6 +2,8 @@
 
 Girdhar, El-Nouby, Singh, Alwala, Joulin, Misra, CVPR 2023, https://arxiv.org/abs/2206.08356
 
+"Released" below means the authors' code and checkpoints, facebookresearch/omnivore on GitHub.
+
 The method on one screen. B batch, T frames, H W pixels, N patches, V visible, M masked (V + M = N),
 P values in a patch, D encoder width, D' decoder width. Numbers: ViT-B/16, a clip (an image).
 At the right, the function or class that does the step.
@@ -59,23 +61,8 @@ from torchvision.utils import make_grid
 
 
 class UserError(ValueError):
-    """What its user can correct: a file, an option, a setting. The scripts print it as one line.
-    Any other exception is a mistake in the code, and keeps its traceback."""
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks, cut to 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@contextmanager
-def naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
-    """Re-raises any error as a UserError of one line that names the file. Broken files make the
-    libraries that read them raise errors of many kinds, so this catches them all."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path}: {what}: {one_line(error)}") from error
+    """A mistake that the user can correct, in a file, an option or a setting. The scripts print it
+    as one line. Any other exception is a mistake in the code, and keeps its traceback."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,14 +82,14 @@ class OmniMAEConfig:
     decoder_dim: int = 384  # D'
     decoder_depth: int = 4
     decoder_heads: int = 16
-    decoder_qkv_bias: bool = False  # as in the released files; the released configuration says True
+    decoder_qkv_bias: bool = False  # as in the released files; the released config says True
     image_mask_ratio: float = 0.90
     video_mask_ratio: float = 0.95
     clip_seconds: float = 2.7  # of a video that a clip spans
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """A clip's patches in time, height and width. An image has one slot in time."""
+        """A clip's patches in time, height and width. (An image has only one in time.)"""
         t, h, w = self.patch_size
         return self.num_frames // t, self.image_size // h, self.image_size // w
 
@@ -148,7 +135,7 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's, each (3,), on a device. Copied without a GPU sync."""
+    """ImageNet's mean and standard deviation, each (3,), on a device, without a GPU sync."""
     return MEAN.to(device, non_blocking=True), STD.to(device, non_blocking=True)
 
 
@@ -185,8 +172,8 @@ def unpatchify(patches: Tensor, patch_size: tuple, grid: tuple) -> Tensor:
 def to_patches(x: Tensor, cfg: OmniMAEConfig) -> tuple[Tensor, tuple[int, int, int]]:
     """Images (B, 3, H, W) or clips (B, 3, T, H, W) -> patches (B, N, P), and the grid they form.
 
-    An image, of any size that the patch divides, is a video of one frame, repeated to fill a patch.
-    A clip must have the model's size. ValueError for anything else.
+    An image, of any size that the patch divides, is a video of one frame, (B, 3, 1, H, W), repeated
+    to fill a patch. A clip must have the model's size. ValueError for anything else.
     """
     t, h, w = cfg.patch_size
     video = x.unsqueeze(2) if x.ndim == 4 else x  # (B, 3, T, H, W)
@@ -217,7 +204,7 @@ def to_pixels(patches: Tensor) -> Tensor:
 
 
 def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shifts and scales each patch and channel to mean 0 and variance 1 (divided by n - 1).
+    """Shifts and scales each patch and channel to mean 0 and (unbiased) variance 1.
 
     Takes pixels in [0, 1], (B, N, P), as released. (ImageNet-normalised ones would give slightly
     other values, because of the 1e-6.) Returns patches (B, N, P), and the means and standard
@@ -232,8 +219,8 @@ def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def sincos_positions(num: int, dim: int) -> Tensor:
     """The fixed sine/cosine table (num, dim), a row for each patch of a clip.
 
-    One-dimensional, unlike MAE's, which encodes row and column in half of its columns each: here a
-    patch's position is its index in the flattened (t, h, w) raster.
+    One-dimensional, unlike MAE's, which gives half of its columns to the row and half to the
+    column: here a patch's position is its index in the flattened (time, height, width) raster.
     """
     position = np.arange(num)[:, None]  # (num, 1)
     column = np.arange(dim)
@@ -245,16 +232,17 @@ def sincos_positions(num: int, dim: int) -> Tensor:
 def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
     """The positions (N, D) of a grid of patches. An image takes the table's first rows, which are
     the first slot in time, interpolated (bicubic) for an image of another size."""
-    _, h, w = cfg.grid
-    if grid[1:] == (h, w):
+    _, rows, columns = cfg.grid
+    if grid[1:] == (rows, columns):
         return table[: math.prod(grid)]
-    slot = table[: h * w].T.reshape(1, -1, h, w)  # (1, D, h, w)
+    slot = table[: rows * columns].T.reshape(1, -1, rows, columns)  # (1, D, rows, columns)
     return F.interpolate(slot, size=grid[1:], mode="bicubic").flatten(2)[0].T  # (N, D)
 
 
 # ------------------------------------------------------------------------------------------------
 # Masking (paper, section 3). A mask is bool (B, N), True = masked: easy to read and to draw. The
-# model takes the indices of the visible patches (B, V) instead: V is then known without a GPU sync.
+# model takes the indices of the visible patches (B, V) instead, whose shape tells V without a GPU
+# sync.
 
 
 def random_mask(B: int, N: int, ratio: float, generator=None) -> Tensor:
@@ -280,9 +268,9 @@ def visible_indices(mask: Tensor) -> Tensor:
     return (~mask).nonzero()[:, 1].view(len(mask), -1)  # (B, V)
 
 
-def split_patches(visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor]:
-    """From the indices of the visible patches (B, V): those of the masked ones (B, M), in raster
-    order, and the mask, bool (B, N). Duplicates are not checked: that needs a GPU sync."""
+def masked_indices(visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor]:
+    """The indices of the masked patches (B, M), in raster order, and the mask, bool (B, N), from
+    those of the visible patches (B, V). Duplicates are not checked: that needs a GPU sync."""
     V = visible.shape[-1]
     if visible.dtype != torch.int64 or visible.shape != (B, V) or not 0 < V < N:
         raise ValueError(
@@ -295,7 +283,7 @@ def split_patches(visible: Tensor, B: int, N: int) -> tuple[Tensor, Tensor]:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Selects rows in each sample: (B, N, D), (B, K) -> (B, K, D)."""
+    """Selects each sample's own rows: (B, N, D), (B, K) -> (B, K, D)."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
@@ -313,6 +301,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # N: tokens, D: their width; in the encoder's pretraining N is V, in the decoder D is D'.
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
@@ -333,7 +322,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention and MLP, each after a LayerNorm and added to its input. In training, drop path
-    (stochastic depth) leaves either one out for some samples, and scales it up for the others."""
+    (stochastic depth) skips either one for some samples, and scales it up for the others."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, drop_path: float = 0.0):
         super().__init__()
@@ -365,7 +354,8 @@ def init_weights(model: nn.Module, init_matrix) -> None:
 
 class Encoder(nn.Module):
     """Patches, visible ones or all -> tokens before the final LayerNorm. The patch embedding is a
-    linear layer: the released convolution, kernel = stride, computed only for visible patches."""
+    linear layer: the same as the released convolution with kernel = stride, but only of the visible
+    patches."""
 
     def __init__(self, cfg: OmniMAEConfig, drop_path: float = 0.0):
         super().__init__()
@@ -387,8 +377,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Predicts the masked patches (see `normalize_patches`) from the encoder's tokens (after norm).
 
-    Attention does not depend on order, so [visible, masked] is never put back in raster order:
-    each token carries its position. Mask token and positions have encoder width, as released.
+    Attention does not depend on the order of tokens, so [visible, masked] is never put back in
+    raster order: each token carries its position. As released, mask token and positions have
+    encoder width, and the mask token starts from 0.
     """
 
     def __init__(self, cfg: OmniMAEConfig):
@@ -409,7 +400,9 @@ class Decoder(nn.Module):
 
         # Mask tokens differ only in their position, so all samples share one table of N of them.
         table = self.embed(self.mask_token + positions)  # (N, D')
-        mask_tokens = F.embedding(masked, table)  # (B, M, D'): table[masked], a faster backward
+        mask_tokens = F.embedding(
+            masked, table
+        )  # (B, M, D'): as table[masked], with a faster backward
 
         x = torch.cat([x, mask_tokens], dim=1)  # (B, N, D')
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
@@ -426,13 +419,13 @@ class OmniMAE(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.decoder = Decoder(cfg)
         init_weights(self, nn.init.xavier_uniform_)
-        nn.init.trunc_normal_(self.decoder.head.weight, std=0.02)
+        nn.init.trunc_normal_(self.decoder.head.weight, std=0.02)  # as released
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Predicts the masked patches. Returns the loss, the prediction and the mask.
 
         x: (B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised. visible: the visible patches'
-        indices, int64 (B, V), from `visible_indices`; by default of a random mask. The prediction
+        indices, int64 (B, V), from `visible_indices`; by default, drawn at random. The prediction
         (B, M, P) is of normalised patches in raster order, values in (t, h, w, channel) order. The
         mask is bool (B, N), True = masked. ValueError for other shapes.
         """
@@ -441,10 +434,11 @@ class OmniMAE(nn.Module):
         if visible is None:
             _, ratio = self.cfg.masking("images" if grid[0] == 1 else "videos")
             visible = visible_indices(random_mask(B, N, ratio)).to(x.device)  # (B, V)
-        masked, mask = split_patches(visible, B, N)  # (B, M), (B, N)
+        masked, mask = masked_indices(visible, B, N)  # (B, M), (B, N)
 
         tokens = self.norm(self.encoder(patches, grid, visible))  # (B, V, D)
         pred = self.decoder(tokens, grid, visible, masked).float()  # (B, M, P)
+        # As released, the target is made from pixels in [0, 1].
         pixels = to_pixels(take(patches, masked).float())  # (B, M, P)
         target, _, _ = normalize_patches(pixels)  # (B, M, P)
         return F.mse_loss(pred, target), pred, mask
@@ -486,7 +480,8 @@ class Classifier(nn.Module):
         init_weights(self, lambda matrix: nn.init.trunc_normal_(matrix, std=0.02))
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised -> (B, N, D), before pooling."""
+        """(B, 3, H, W) or (B, 3, T, H, W), ImageNet-normalised -> tokens (B, N, D). Unlike those of
+        `OmniMAE.features`, they are before the norm, which here follows the mean over patches."""
         return self.encoder(*to_patches(x, self.cfg))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -495,7 +490,7 @@ class Classifier(nn.Module):
 
 
 def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Image:
-    """Draws original | what the encoder sees | reconstruction; of a clip, three rows of frames.
+    """Draws original | what the encoder sees | reconstruction; for a clip, three rows of frames.
     x: one ImageNet-normalised image (3, H, W) or clip (3, T, H, W); mask: bool (N,)."""
     patches, grid = to_patches(x[None], model.cfg)
     pixels = to_pixels(patches)  # (1, N, P)
@@ -513,6 +508,22 @@ def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Im
 
 # ------------------------------------------------------------------------------------------------
 # Checkpoints: the nine released ones (CC-BY-NC 4.0) and this project's own
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks, cut to 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
+    """Re-raises any error as a UserError of one line that names the file. Broken files make the
+    libraries that read them raise errors of many kinds, so this catches them all."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: {what}: {one_line(error)}") from error
+
 
 _URL = "https://dl.fbaipublicfiles.com/omnivore/omnimae_ckpts/"
 CHECKPOINTS = {
@@ -545,8 +556,8 @@ def _download(url: str) -> str:
 def read_checkpoint(name: str | os.PathLike) -> dict:
     """The content of a checkpoint: tensors and plain values. Code in a file is never run.
 
-    `name` is a released checkpoint's or a URL, downloaded once to torch.hub's cache, or a path.
-    UserError names the file, and says why PyTorch cannot load it.
+    `name` is a released checkpoint's name or a URL, downloaded once to torch.hub's cache, or a
+    path. UserError names the file, and says why PyTorch cannot load it.
     """
     url = CHECKPOINTS.get(str(name), str(name))
     if "://" in url:
@@ -567,7 +578,7 @@ def read_checkpoint(name: str | os.PathLike) -> dict:
         objects = re.findall(r"GLOBAL (\S+) was not", str(error))
         if objects:  # such as argparse.Namespace
             reason = f"Python objects in it ({objects[0]}) are not loaded"
-        elif "weights_only" in reason:  # PyTorch would advise to run whatever is in it
+        elif "weights_only" in str(error):  # PyTorch's message advises to run code in the file
             reason = "not a checkpoint, or a damaged one"
         raise UserError(f"{name}: PyTorch cannot load it: {reason}{advice}") from error
     if not isinstance(file, dict):
@@ -576,8 +587,8 @@ def read_checkpoint(name: str | os.PathLike) -> dict:
 
 
 def _weights_in(file: dict) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, without what DistributedDataParallel, torch.compile or an
-    averaged model put before its keys."""
+    """The state dict in a checkpoint, without the prefixes that DistributedDataParallel,
+    torch.compile or an averaged model add to its keys."""
     for name in ("model", "state_dict", "model_state_dict"):
         if isinstance(file.get(name), dict):
             file = file[name]
@@ -603,10 +614,10 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "trunk.decoder.decoder_embed.": "decoder.embed.",
         "trunk.decoder.decoder_blocks.": "decoder.blocks.",
         "trunk.decoder.": "decoder.",
-        "heads.0.projector.": head,  # from here on, as the released trainer saves it: pretraining
-        "heads.0.0.": head,  # SSv2
-        "heads.0.": head,  # IN1k
-        "head.": head,
+        "heads.0.projector.": head,  # as the released trainer saves pretraining
+        "heads.0.0.": head,  # as it saves SSv2
+        "heads.0.": head,  # as it saves IN1k
+        "head.": head,  # the nine files
     }
     converted = {}
     for key, value in state.items():
@@ -625,8 +636,8 @@ def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     """Loads an OmniMAE or a Classifier, by what the file holds, in eval mode on the CPU.
 
-    `name` is a released checkpoint's ("vit_b_ssv2"), a URL, or the path of a released file or of
-    this project's. The weights stay in the file until they are used: do not write into it
+    `name` is a released checkpoint's name ("vit_b_ssv2"), a URL, or the path of a released file or
+    of this project's. Weights are read from the file when they are used: do not write into it
     meanwhile (replacing it is fine). UserError for what cannot be found, read or fitted.
     """
     file = read_checkpoint(name)
@@ -670,7 +681,7 @@ def read_classes(path: str | os.PathLike) -> list[str]:
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
-    """Reads an image, uint8 (3, H, W), always RGB. 16-bit grey keeps its high byte. The EXIF
+    """Reads an image, uint8 (3, H, W), always RGB. 16-bit grey is reduced to its high byte. EXIF
     orientation is ignored, as released. UserError names a file that cannot be read."""
     with naming_errors(path), PIL.Image.open(path) as image:
         mode = image.mode
@@ -685,7 +696,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
 
 @contextmanager
 def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
-    """Opens a file, and chooses the video stream that FFmpeg would, which is not the cover art."""
+    """Opens a file, and chooses the video stream that FFmpeg would. Rejects cover art."""
     path_in_full = os.path.abspath(path)  # FFmpeg takes "a:b" for a protocol
     ignore = {"metadata_errors": "ignore"}  # tags that are not UTF-8
     with naming_errors(path), av.open(path_in_full, **ignore) as container:
@@ -726,13 +737,15 @@ def _upright(clip: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     # Its rows are (a, b, u), (c, d, v), (x, y, w). Apart from an offset, a pixel at (p, q) is shown
     # at (a p + c q, b p + d q).
     a, b, _, c, d, *_ = np.frombuffer(display_matrix, np.int32).tolist()
+    across = a
+    down = d
     if abs(b) > abs(a):  # columns are shown as rows
         clip = clip.swapaxes(1, 2)
-        a = c
-        d = b
-    if a < 0:
+        across = c
+        down = b
+    if across < 0:
         clip = clip[:, :, ::-1]
-    if d < 0:
+    if down < 0:
         clip = clip[:, ::-1]
     return np.ascontiguousarray(clip)
 
@@ -742,8 +755,9 @@ def _read_window(container, stream, start: Fraction, duration: Fraction, num_fra
 
     Exactly as released, this is counted in ticks of the stream from its first timestamp:
     ceil(start / time_base) <= pts < ceil((start + duration) / time_base). Of these n frames, those
-    at linspace(0, n - 1, num_frames), truncated, are kept. If no frame lies in it, as in the
-    recording of a still screen, the clip repeats the last frame before it (or the first of all).
+    at linspace(0, n - 1, num_frames), truncated, are kept. If no frame lies in this window,
+    as in the recording of a still screen, the clip repeats the last frame before it (or, if there
+    is none, the first frame of all).
     """
     first_pts = stream.start_time or 0
     begin = first_pts + math.ceil(start / stream.time_base)
@@ -754,6 +768,7 @@ def _read_window(container, stream, start: Fraction, duration: Fraction, num_fra
         container.seek(**seek)
         on_screen = None  # the last frame before `begin`
         frames = []
+        frame = None
         for frame in container.decode(stream):
             if frame.pts < begin:
                 on_screen = frame
@@ -764,11 +779,14 @@ def _read_window(container, stream, start: Fraction, duration: Fraction, num_fra
         if on_screen or (frames and frames[0].pts == begin):
             break  # it landed early enough
     if not frames:
-        frames = [on_screen or frame]
+        still = on_screen or frame
+        if still is None:
+            raise ValueError("no frame in it")
+        frames = [still]
 
     kept = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int)]
     to_rgb = VideoReformatter()  # one for all frames: making it costs more than using it
-    size = {"width": kept[0].width, "height": kept[0].height}  # it may change within a film
+    size = {"width": kept[0].width, "height": kept[0].height}  # it may change within a video
     pixels = []
     for frame in kept:
         rgb = to_rgb.reformat(frame, **size, format="rgb24", threads=1)

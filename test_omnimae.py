@@ -2502,6 +2502,12 @@ def test_a_senseless_value_is_refused(option, capsys):
     assert f"argument {option.split('=')[0]}" in capsys.readouterr().err
 
 
+def test_a_drop_path_of_all_samples_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        recipe_of("images", options="--drop-path 1")
+    assert "argument --drop-path" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------
 # The finetuning recipes
 
@@ -2930,6 +2936,16 @@ def test_a_finetuning_does_not_continue_with_another_recipe(finetuned, tiny, tmp
     assert (run / "last.pt").read_bytes() == before
 
 
+def test_a_finetuning_does_not_continue_with_other_validation_files(small, run_script, tmp_path):
+    folder = shutil.copytree(small / "images", tmp_path / "images")
+    options = ["--checkpoint", "scratch", "--model", "tiny", "--images", folder]
+    options += ["--epochs", 1, "--batch-size", 16]
+    run_script(finetune, *options)
+    next(folder.glob("val/*/*")).unlink()
+    with pytest.raises(UserError, match="validation"):
+        run_script(finetune, *options)
+
+
 def test_a_clips_seconds_are_kept_for_validation_and_evaluation(small, run_script, monkeypatch):
     seconds = []
     spy_on(monkeypatch, omnimae, "read_clips", lambda _, *args: seconds.append(args[3]))
@@ -3320,7 +3336,7 @@ def test_names_of_another_number_of_classes_are_an_error(tmp_path):
 
 def test_a_pretrained_model_is_not_evaluated(tiny, tmp_path):
     checkpoint = save_model(tiny, tmp_path / "tiny.pt")
-    assert "classes" in end_of(evaluation, "--checkpoint", checkpoint, "--images", "x")
+    assert "pretraining" in end_of(evaluation, "--checkpoint", checkpoint, "--images", "x")
 
 
 def test_a_folder_without_media_is_an_error_that_names_it(run_script, tmp_path):

@@ -901,14 +901,13 @@ def list_ssv2(root: Path, split: str) -> Listing:
     folder = root / "20bn-something-something-v2"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected SSv2's videos in it")
-    file_names = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(folder))}
+    by_id = {Path(path).stem: path for path in media_in(folder, "videos")}
 
     path = root / "labels" / f"{split}.json"
     paths, labels = [], []
     with omnimae.naming_errors(path):
         for sample in json.loads(path.read_bytes()):
-            name = file_names.get(sample["id"], f"{sample['id']}.webm")
-            paths.append(f"{folder}/{name}")
+            paths.append(by_id.get(sample["id"], f"{folder}/{sample['id']}.webm"))
             labels.append(index[sample["template"].replace("[", "").replace("]", "")])
         if not paths:
             raise ValueError("no videos in it")
@@ -1064,6 +1063,12 @@ def positive_float(text: str) -> float:
 def float_from_zero(text: str) -> float:
     if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected 0 or a number above it")
+    return float(text)
+
+
+def fraction(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more, and less than 1")
     return float(text)
 
 
