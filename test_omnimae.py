@@ -2941,7 +2941,7 @@ def test_a_finetuning_does_not_continue_with_other_validation_files(small, run_s
     options = ["--checkpoint", "scratch", "--model", "tiny", "--images", folder]
     options += ["--epochs", 1, "--batch-size", 16]
     run_script(finetune, *options)
-    next(folder.glob("val/*/*")).unlink()
+    shutil.rmtree(next(folder.glob("val/*")))  # a class of one file
     with pytest.raises(UserError, match="validation"):
         run_script(finetune, *options)
 
