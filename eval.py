@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> None:
     model = ranks.first_then_others(omnimae.load_checkpoint, args.checkpoint).to(ranks.device)
     autocast, _ = train.precision(args.dtype, ranks.device, model.cfg)
 
+    if args.files and ranks.world > 1:
+        raise UserError(f"files are done by one process, got {ranks.world}: start it with python")
     is_pretrained = isinstance(model, omnimae.OmniMAE)
     if is_pretrained and (args.labels or not args.files):
         raise UserError(
@@ -53,9 +55,9 @@ def main(args: argparse.Namespace) -> None:
 
     if not args.files:
         evaluate(model, args, ranks, autocast)
-    elif ranks.rank == 0 and is_pretrained:
+    elif is_pretrained:
         reconstruct_files(model, args, ranks.device, autocast)
-    elif ranks.rank == 0:
+    else:
         classify_files(model, args, ranks.device, autocast)
     ranks.close()
 

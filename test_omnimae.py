@@ -3374,6 +3374,12 @@ def test_two_processes_count_each_file_once(noise, capfd):
     assert capfd.readouterr().out.count(plain_accuracy(noise)) == 1
 
 
+def test_files_are_refused_by_two_processes(tmp_path):
+    checkpoint = save_classifier(tmp_path / "model.pt", 3)
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="one process"):
+        run_twice(evaluation, f"--checkpoint {checkpoint} --device cpu x.jpg")
+
+
 def test_two_processes_finetune_as_one(small, tmp_path):
     options = f"--checkpoint scratch --model tiny --images {small}/images --epochs 2 --lr 0.002"
     options += " --batch-size 8 --micro-batch 2 --augment crop --drop-path 0"
