@@ -152,7 +152,8 @@ def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ra
     and skipped. One video per batch: its clips are not resized yet and can be large."""
 
     def read_batch(batch: list) -> tuple[list, list, int]:
-        pixels, labels = [], []
+        pixels = []
+        labels = []
         for path, label in batch:
             try:
                 x = read_pixels(path, cfg, num_clips)

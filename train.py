@@ -9,8 +9,8 @@ the processes, and the files of a data set. Last come the options and the demo d
 
 A view's random numbers depend only on (seed, epoch, file, view), the order of files only on (seed,
 epoch). So a step's files, crops and masks do not depend on the number of processes, workers or
-micro-batches, nor on a restart. With one or two processes on CPUs, where sums are always rounded
-alike, a resumed run ends with the same weights, bit for bit, as one that was never stopped.
+micro-batches, nor on a restart. With one or two processes on CPUs, where sums are always rounded the
+same way, a resumed run ends with the same weights, bit for bit, as one that was never stopped.
 
 finetune.py and eval.py import from here. Parameters that `main` leaves at their defaults are for
 them.
@@ -312,7 +312,8 @@ class Views(Dataset):
         """Pixels uint8 (views, 3, [T,] H, W), and the indices of visible patches (views, V)."""
         media, _ = self.read(sample)
         N, ratio = self.cfg.masking(sample.kind)
-        pixels, visible = [], []
+        pixels = []
+        visible = []
         for view in range(sample.views):
             seed_all(self.seed, sample.epoch, sample.index, KINDS.index(sample.kind), 1 + view)
             pixels.append(self.crops[sample.kind](media).movedim(-3, 0))  # (3, [T,] H, W)
@@ -385,7 +386,8 @@ def look(model: omnimae.OmniMAE, dataset: Views, held_out, out: Path, step, log:
     device = log.ranks.device
     for kind, paths in dataset.paths.items():
         indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
-        losses, zero_losses = [], []
+        losses = []
+        zero_losses = []
         try:
             for index in indices:
                 pixels, visible = dataset[Sample(kind, 0, index, 1)]  # always the same view
@@ -904,7 +906,8 @@ def list_ssv2(root: Path, split: str) -> Listing:
     by_id = {Path(path).stem: path for path in media_in(folder, "videos")}
 
     path = root / "labels" / f"{split}.json"
-    paths, labels = [], []
+    paths = []
+    labels = []
     with omnimae.naming_errors(path):
         for sample in json.loads(path.read_bytes()):
             paths.append(by_id.get(sample["id"], f"{folder}/{sample['id']}.webm"))
