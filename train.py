@@ -9,8 +9,8 @@ the processes, and the files of a data set. Last come the options and the demo d
 
 A view's random numbers depend only on (seed, epoch, file, view), the order of files only on (seed,
 epoch). So a step's files, crops and masks do not depend on the number of processes, workers or
-micro-batches, nor on a restart. With one or two processes on CPUs, where sums are always rounded the
-same way, a resumed run ends with the same weights, bit for bit, as one that was never stopped.
+micro-batches, nor on a restart. With one or two processes on CPUs, where sums are always rounded
+the same way, a resumed run ends with the same weights, bit for bit, as one never stopped.
 
 finetune.py and eval.py import from here. Parameters that `main` leaves at their defaults are for
 them.
