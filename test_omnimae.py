@@ -2040,6 +2040,12 @@ def test_a_run_looks_at_the_same_held_out_files_each_time(whole_run):
     assert {"val images", "val videos"} < set(log_of(whole_run.folder, "label"))
 
 
+def test_a_run_says_how_many_files_it_holds_out(run_script, capsys):
+    options = ["--model", "tiny", "--epochs", 1, "--batch-size", 48]
+    run_script(train, *options, images=True)
+    assert re.search(r"held out\D*\b16 images", capsys.readouterr().out)
+
+
 def test_without_held_out_files_a_run_looks_at_those_it_trains_on(pretrain):
     assert set(log_of(pretrain(), "label")) == {"images", "train images"}
 

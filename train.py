@@ -101,6 +101,8 @@ def main(args: argparse.Namespace) -> None:
                 held_out[kind] = list_media(root, kind, "val").paths
             if ranks.rank == 0:  # counting skipped files reads all folders again
                 ranks.say(describe(listings[kind], kind, root))
+            if kind in held_out:
+                ranks.say(f"held out: {len(held_out[kind]):,} {kind}, only to look at")
     paths = {kind: listing.paths for kind, listing in listings.items()}
 
     # The model. Every rank draws the same weights, from the same seed.
