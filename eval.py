@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.checkpoint} is a pretraining checkpoint, which only reconstructs: give it files"
         )
-    if not is_pretrained and args.mask_ratio:
+    if not is_pretrained and args.mask_ratio is not None:
         raise UserError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
 
     if not args.files:
@@ -74,10 +74,15 @@ def evaluate(model: omnimae.Classifier, args, ranks: train.Ranks, autocast) -> N
             f"{args.checkpoint} has {num_classes} classes without names, and {root} has "
             f"{len(listing.classes)} classes: expected the same, in the same order"
         )
-    if ranks.rank == 0:  # counting skipped files reads all folders again
-        ranks.say(train.describe(listing, kind, root))
-        if not args.all:
-            ranks.say(describe_split(root, kind, len(listing.paths)))
+    train.describe(listing, kind, root, ranks)
+    if not args.all:
+        describe_split(root, kind, len(listing.paths), ranks)
+        # Without val/, other files are held out once some have been added or renamed.
+        recipe = omnimae.read_checkpoint(args.checkpoint).get("recipe", {})
+        files = train.fingerprint_of_files(listing.paths, root)
+        changed = recipe.get("validation", files) != files
+        if changed and train.validation_split(root, kind) is None:
+            ranks.say("warning: finetuning held out other files, and may have seen some of these")
     is_wnid = [bool(re.fullmatch(r"n\d{8}", name)) for name in listing.classes]
     if num_classes == 1000 and model.classes is None and not all(is_wnid):
         ranks.say("warning: the class folders are not named as ImageNet's (n01440764, ...)")
@@ -96,8 +101,8 @@ def accuracy(
     model.eval()
     hits1 = hits5 = readable = done = 0
     for pixels, labels, num_files in loader:
-        if pixels:
-            logits = predict(model, torch.cat(pixels).to(ranks.device), num_crops, autocast)
+        if pixels is not None:
+            logits = predict(model, pixels.to(ranks.device), num_crops, autocast)
             best = logits.topk(min(5, logits.shape[1])).indices.cpu()  # (B, 5)
             hits = best == torch.tensor(labels)[:, None]
             hits1 += hits[:, 0].sum().item()
@@ -151,21 +156,23 @@ def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ra
     """Loads pixels and labels of this rank's files, and their number. Unreadable files are named
     and skipped. One video per batch: its clips are not resized yet and can be large."""
 
-    def read_batch(batch: list) -> tuple[list, list, int]:
-        pixels = []
+    def read_batch(batch: list) -> tuple[Tensor | None, list, int]:
+        parts = []
         labels = []
         for path, label in batch:
             try:
-                x = read_pixels(path, cfg, num_clips)
+                parts.append(read_pixels(path, cfg, num_clips))
+                labels.append(label)
             except UserError as error:
                 print(error, file=sys.stderr, flush=True)
-                continue
-            if get_worker_info():
-                # PyTorch would do this later, in a thread whose errors are lost: without room in
-                # /dev/shm, the main process would hang.
-                x.share_memory_()
-            pixels.append(x)
-            labels.append(label)
+        if not parts:
+            return None, [], len(batch)
+
+        pixels = torch.cat(parts)
+        if get_worker_info():
+            # PyTorch would do this later, in a thread whose errors are lost: without room in
+            # /dev/shm, the main process would hang.
+            pixels.share_memory_()
         return pixels, labels, len(batch)
 
     files = list(zip(listing.paths, listing.labels))[ranks.rank :: ranks.world]
@@ -238,7 +245,9 @@ def reconstruct_files(model: omnimae.OmniMAE, args, device, autocast) -> None:
     for path, pixels in read_files(paths, model.cfg, num_clips=1):
         x = to_views(pixels.to(device), model.cfg.image_size, num_crops=1)
         N, ratio = model.cfg.masking("videos" if is_video(path) else "images")
-        mask = omnimae.random_mask(1, N, args.mask_ratio or ratio, torch.Generator().manual_seed(0))
+        if args.mask_ratio is not None:
+            ratio = args.mask_ratio
+        mask = omnimae.random_mask(1, N, ratio, torch.Generator().manual_seed(0))
         with autocast:
             picture = omnimae.draw_reconstruction(model, x[0], mask[0].to(device))
         target = Path(args.out) / (os.path.relpath(os.path.abspath(path), common) + ".png")
@@ -310,7 +319,8 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
         raise UserError(f"{root} has a validation split, which is evaluated without --all")
     paths, labels, names = train.list_media(root, kind, split if has_split else "train")
     if labels is None:
-        raise UserError(f"{root}: {kind} without labels; expected <class>/<file>")
+        folder = os.path.dirname(paths[0])
+        raise UserError(f"{folder}: {kind} without labels; expected <class>/<file> in it")
 
     if not has_split and split != "all":
         labels_array = np.array(labels)
@@ -337,13 +347,14 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
     return train.Listing(paths, [index[names[label]] for label in labels], classes)
 
 
-def describe_split(root: str, kind: str, num_held_out: int) -> str:
+def describe_split(root: str, kind: str, num_held_out: int, ranks: train.Ranks) -> None:
     """Says which files are held out, and how many of how many."""
     name = train.validation_split(root, kind)
     if name is not None:
-        return f"validation files: all {num_held_out:,} of {name}"
-    num = len(train.list_media(root, kind).paths)
-    return f"validation files: every {HELD_OUT}th file (no val/): {num_held_out:,} of {num:,}"
+        ranks.say(f"validation files: all {num_held_out:,} of {name}")
+    else:
+        num = len(train.list_media(root, kind).paths)
+        ranks.say(f"validation files: every {HELD_OUT}th (no val/): {num_held_out:,} of {num:,}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -372,7 +383,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--mask-ratio",
-        type=train.positive_float,
+        type=train.fraction,
         help="hidden fraction (default: the checkpoint's)",
     )
     add(

@@ -104,9 +104,8 @@ def main(args: argparse.Namespace) -> None:
     listing = list_labelled(root, kind, "train")
     classes = listing.classes
     validation = list_labelled(root, kind, "val", classes)
-    if ranks.rank == 0:  # counting skipped files reads all folders again
-        ranks.say(train.describe(listing, kind, root))
-        ranks.say(describe_split(root, kind, len(validation.paths)))
+    train.describe(listing, kind, root, ranks)
+    describe_split(root, kind, len(validation.paths), ranks)
 
     # The model. Every rank draws the same weights, from the same seed.
     torch.manual_seed(args.seed)
@@ -140,8 +139,8 @@ def main(args: argparse.Namespace) -> None:
     best = resumed.get("best", -1.0)  # top-1 on the held-out files, in %
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    at_once = train.describe_cuts(cuts, num_views)
-    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, at once {at_once}")
+    sizes = train.describe_cuts(cuts, num_views)
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
     ranks.say(f"best.pt, log, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     pieces = steps.pieces(first_step, cuts, ranks)
@@ -264,12 +263,14 @@ def parameter_groups(model: omnimae.Classifier, layer_decay: float, weight_decay
             layer = 0
         else:
             layer = depth + 1
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        scale = layer_decay ** (depth + 2 - layer)
-        group = groups.setdefault(
-            (layer, decay), {"params": [], "scale": scale, "weight_decay": decay}
-        )
-        group["params"].append(parameter)
+        is_matrix = parameter.ndim > 1
+        if (layer, is_matrix) not in groups:
+            groups[layer, is_matrix] = {
+                "params": [],
+                "scale": layer_decay ** (depth + 2 - layer),
+                "weight_decay": weight_decay if is_matrix else 0.0,
+            }
+        groups[layer, is_matrix]["params"].append(parameter)
     return list(groups.values())
 
 

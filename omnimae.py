@@ -207,7 +207,7 @@ def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts and scales each patch and channel to mean 0 and (unbiased) variance 1.
 
     Takes pixels in [0, 1], (B, N, P), as released. (ImageNet-normalised ones would give slightly
-    other values, because of the 1e-6.) Returns patches (B, N, P), and the means and standard
+    different values, because of the 1e-6.) Returns patches (B, N, P), and the means and standard
     deviations that they had, each (B, N, 1, 3).
     """
     values = pixels.unflatten(2, (-1, 3))  # (B, N, P/3, 3)
@@ -230,8 +230,8 @@ def sincos_positions(num: int, dim: int) -> Tensor:
 
 
 def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
-    """The positions (N, D) of a grid of patches. An image takes the table's first rows, which are
-    the first slot in time, interpolated (bicubic) for an image of another size."""
+    """The positions (N, D) of a grid of patches. An image takes those of a clip's first slot in
+    time, the table's first rows. For an image of another size they are interpolated (bicubic)."""
     _, rows, columns = cfg.grid
     if grid[1:] == (rows, columns):
         return table[: math.prod(grid)]
@@ -241,8 +241,8 @@ def positions_for(table: Tensor, grid: tuple, cfg: OmniMAEConfig) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------
 # Masking (paper, section 3). A mask is bool (B, N), True = masked: easy to read and to draw. The
-# model takes the indices of the visible patches (B, V) instead, whose shape tells V without a GPU
-# sync.
+# model takes the indices of the visible patches (B, V) instead: their shape says what V is, without
+# a GPU sync.
 
 
 def random_mask(B: int, N: int, ratio: float, generator=None) -> Tensor:
@@ -338,8 +338,8 @@ class Block(nn.Module):
 
 
 def init_weights(model: nn.Module, init_matrix) -> None:
-    """Draws all linear layers' weights with `init_matrix`. Biases are 0, except that of the patch
-    embedding: as released, it keeps PyTorch's default, uniform within 1/sqrt(P)."""
+    """Initialises the weights of all linear layers with `init_matrix`. Biases are 0, except that of
+    the patch embedding: as released, it keeps PyTorch's default, uniform within 1/sqrt(P)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             init_matrix(module.weight)
@@ -386,6 +386,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.mask_token = nn.Parameter(torch.zeros(1, cfg.dim))
+        # the encoder's table once more, as in the released files
         self.register_buffer("pos_embed", sincos_positions(math.prod(cfg.grid), cfg.dim))
         self.embed = nn.Linear(cfg.dim, cfg.decoder_dim)
         sizes = (cfg.decoder_dim, cfg.decoder_heads, cfg.decoder_qkv_bias)
@@ -398,11 +399,10 @@ class Decoder(nn.Module):
         positions = positions_for(self.pos_embed, grid, self.cfg)  # (N, D)
         x = self.embed(x + positions[visible])  # (B, V, D')
 
-        # Mask tokens differ only in their position, so all samples share one table of N of them.
-        table = self.embed(self.mask_token + positions)  # (N, D')
-        mask_tokens = F.embedding(
-            masked, table
-        )  # (B, M, D'): as table[masked], with a faster backward
+        # Mask tokens differ only in their position, so all samples choose from the same N of them.
+        # F.embedding(masked, y) is y[masked], with a faster backward pass.
+        all_mask_tokens = self.embed(self.mask_token + positions)  # (N, D')
+        mask_tokens = F.embedding(masked, all_mask_tokens)  # (B, M, D')
 
         x = torch.cat([x, mask_tokens], dim=1)  # (B, N, D')
         x = self.blocks(x)[:, visible.shape[1] :]  # (B, M, D')
@@ -462,7 +462,8 @@ class OmniMAE(nn.Module):
         _, mean, std = normalize_patches(pixels)  # (B, N, 1, 3)
 
         pred = pred.unflatten(2, (-1, 3)).flatten(0, 1)  # (B M, P/3, 3), ordered as pixels[mask]
-        pixels[mask] = (pred * std[mask] + mean[mask]).flatten(1)  # (B M, P)
+        filled = pred * std[mask] + mean[mask]  # std[mask], mean[mask]: (B M, 1, 3)
+        pixels[mask] = filled.flatten(1)  # (B M, P)
         video = unpatchify(pixels, self.cfg.patch_size, grid).clamp(0, 1)  # (B, 3, T, H, W)
         return video.mean(2, keepdim=True) if grid[0] == 1 else video
 
@@ -503,7 +504,7 @@ def draw_reconstruction(model: OmniMAE, x: Tensor, mask: Tensor) -> PIL.Image.Im
     ]
     T = panels[-1].shape[2]  # 1 for an image: its patches repeat the frame
     frames = torch.cat([panel[0, :, :T].movedim(1, 0) for panel in panels])  # (3 T, 3, H, W)
-    return to_pil_image(make_grid(frames.cpu(), nrow=max(3, T), pad_value=1.0))
+    return to_pil_image(make_grid(frames.cpu(), nrow=T if T > 1 else 3, pad_value=1.0))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -587,8 +588,8 @@ def read_checkpoint(name: str | os.PathLike) -> dict:
 
 
 def _weights_in(file: dict) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, without the prefixes that DistributedDataParallel,
-    torch.compile or an averaged model add to its keys."""
+    """The state dict in a checkpoint, without the prefixes that DistributedDataParallel and
+    torch.compile add to its keys."""
     for name in ("model", "state_dict", "model_state_dict"):
         if isinstance(file.get(name), dict):
             file = file[name]
@@ -596,14 +597,14 @@ def _weights_in(file: dict) -> dict[str, Tensor]:
     for key, value in file.items():
         while key.startswith(("module.", "_orig_mod.")):
             key = key.split(".", 1)[1]
-        if key != "n_averaged":  # the step counter of torch's AveragedModel
-            state[key] = value
+        state[key] = value
     return state
 
 
 def convert_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts a released state dict to this project's keys and shapes. Takes the nine files, and
-    what the released trainer saves, with the head under `heads.0.`. Other keys stay the same."""
+    """Converts a released state dict to this project's keys and shapes: that of one of the nine
+    files, or of one saved by the released trainer, with the head under `heads.0.`. Other keys stay
+    the same."""
     head = "decoder.head." if "trunk.mask_token" in state else "head."
     renames = {  # the first that fits is used, so the order matters
         "trunk.mask_token": "decoder.mask_token",
@@ -637,8 +638,9 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     """Loads an OmniMAE or a Classifier, by what the file holds, in eval mode on the CPU.
 
     `name` is a released checkpoint's name ("vit_b_ssv2"), a URL, or the path of a released file or
-    of this project's. Weights are read from the file when they are used: do not write into it
-    meanwhile (replacing it is fine). UserError for what cannot be found, read or fitted.
+    of this project's. Weights are read from the file only when they are used, so do not write into
+    it as long as the model is (replacing it is fine). UserError for what cannot be found, read or
+    fitted.
     """
     file = read_checkpoint(name)
     with naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
@@ -658,10 +660,8 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
             num_classes = len(state.get("head.bias", ()))  # 0: load_state_dict says what is missing
             model = Classifier(cfg, num_classes)
             model.classes = file.get("classes")
-    try:
+    with naming_errors(name, "does not fit the model"):  # keys that are missing or left over
         model.load_state_dict(state, assign=True)
-    except RuntimeError as error:  # names the keys that are missing or left over
-        raise UserError(f"{name}: does not fit the model: {one_line(error)}") from error
     return model.eval()
 
 
@@ -690,7 +690,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
             high_byte = (np.array(image) >> 8).astype(np.uint8)
             return pil_to_tensor(PIL.Image.fromarray(high_byte).convert("RGB"))
         if mode in ("I", "F"):  # integers of 32 bits, or floats: which value is white is undefined
-            raise ValueError(f"pixels of mode {mode}: convert it to 8 or 16 bits a value")
+            raise ValueError(f"pixels of mode {mode}: convert it to 8 or 16 bits per value")
         return pil_to_tensor(image if mode == "RGB" else image.convert("RGB"))
 
 
@@ -709,8 +709,8 @@ def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
 
 
 def _seconds_in(container, stream) -> Fraction:
-    """The duration of a video: what its stream says or, where that says nothing, as in .webm, the
-    time of the last frame. (As released, not the container's, which may be that of its sound.)"""
+    """The duration of a video: what its stream says or, if it says nothing, as in .webm, the time
+    of the last frame. (As released, not the container's, which may be that of its sound.)"""
     if stream.duration is not None:
         return stream.duration * stream.time_base
 
@@ -763,7 +763,8 @@ def _read_window(container, stream, start: Fraction, duration: Fraction, num_fra
     begin = first_pts + math.ceil(start / stream.time_base)
     end = first_pts + math.ceil((start + duration) / stream.time_base)
 
-    # Seek to the keyframe before; where that lands too late, once more from the start of the file.
+    # Decode from the keyframe before `begin`. If the seek lands too late, as in a file without an
+    # index, decode once more from the start of the file.
     for seek in ({"offset": begin, "stream": stream}, {"offset": 0}):
         container.seek(**seek)
         on_screen = None  # the last frame before `begin`

@@ -736,13 +736,6 @@ def test_weights_saved_from_ddp_or_torch_compile_load(prefix, classifier, tmp_pa
     assert_loads(save_state(state, tmp_path / "own.pt"), classifier)
 
 
-def test_an_averaged_model_loads(classifier, tmp_path):
-    averaged = torch.optim.swa_utils.AveragedModel(classifier)
-    torch.save({"model": averaged.state_dict(), "config": asdict(TINY)}, tmp_path / "own.pt")
-    loaded = omnimae.load_checkpoint(tmp_path / "own.pt")
-    same_bits(loaded.state_dict(), classifier.state_dict())
-
-
 def test_weights_of_half_precision_load_as_float32(classifier, tmp_path):
     path = save_model(classifier.half(), tmp_path / "half.pt")
     assert_loads(path, classifier.float())
@@ -1293,6 +1286,17 @@ def test_without_train_a_folder_called_test_is_a_class(tmp_path):
     assert train.validation_split(tmp_path, "images") is None
 
 
+def test_a_class_called_train_does_not_hide_the_others(tmp_path):
+    touch(tmp_path, "bus/1.jpg", "train/1.jpg", "val/1.jpg")
+    with pytest.raises(UserError, match="train/ and bus/"):
+        train.list_media(tmp_path, "images")
+
+
+def test_flat_splits_may_have_other_folders_beside_them(tmp_path):
+    touch(tmp_path, "train/1.jpg", "val/2.jpg", "notes/3.txt")
+    assert train.list_media(tmp_path, "images").paths == [f"{tmp_path}/train/1.jpg"]
+
+
 def test_no_validation_split_is_an_error_that_names_val(tmp_path):
     touch(tmp_path, "a/1.jpg", "b/2.jpg")
     with pytest.raises(UserError, match="val/"):
@@ -1332,20 +1336,22 @@ def test_a_folder_with_a_slash_at_its_end_is_the_same_data_set(tmp_path):
     assert train.fingerprint_of_files(paths, f"{tmp_path}/") == one
 
 
-def test_a_description_counts_files_classes_and_skipped_files(tmp_path):
+def test_a_description_counts_files_classes_and_skipped_files(tmp_path, capsys):
     touch(tmp_path, "n01/1.jpg", "n02/1.jpg", "n02/2.jpg", "n03/1.jpg")
-    touch(tmp_path, "n01/2.heic", "n03/3.HEIC", "n03/readme")
+    touch(tmp_path, "n01/2.heic", "n03/3.HEIC", "n03/readme", "n03/deep/1.jpg", "n03/.hidden")
     listing = train.list_media(tmp_path, "images")
-    text = " ".join(train.describe(listing, "images", "folder").split())
-    for part in ("4 images", "3 classes", "n01", "n03", "1 to 2", "3 other", ".heic 2"):
+    train.describe(listing, "images", "folder", Namespace(rank=0, say=print))
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("4 images", "3 classes", "n01", "n03", "1 to 2", "4 skipped", ".heic 2"):
         assert part in text
+    assert "folders 1" in text
 
 
 @pytest.mark.parametrize(
     ("names", "word"),
     [
         (["1.heic", "2.heic", "readme.txt"], ".heic 2"),
-        (["cat/1.jpg", "dog/1.heic"], "dog; 1 other"),
+        (["cat/1.jpg", "dog/1.heic"], "dog; 1 skipped"),
         (["1.jpg", "cat/2.jpg"], "found 1 in it"),  # flat, and with a class
         (["x/train/a/1.jpg", "x/val/a/1.jpg"], "folders: x"),  # the folder above the data set
         (["a/1.jpg", "b/more/1.jpg"], "folders: b"),  # a class with folders in it
@@ -1790,7 +1796,7 @@ def test_a_given_dtype_is_used(script, dtype, run_script, attention):
     options = ["--model", "tiny", "--epochs", 1, "--batch-size", 48, "--dtype", dtype]
     if script is finetune:
         options += ["--checkpoint", "scratch"]
-    run_script(script, *options, images=True)  # with a look, or validation
+    run_script(script, *options, images=True)  # with validation
     assert set(attention) == {getattr(torch, dtype)}
 
 
@@ -2030,11 +2036,11 @@ def test_a_run_logs_the_loss_of_each_step(whole_run):
     assert all(0.5 < loss < 1.5 for loss in losses)  # targets have variance 1
 
 
-def test_a_run_looks_at_the_same_held_out_files_each_time(whole_run):
-    looks = log_of(whole_run.folder, "look_loss")
+def test_a_run_validates_on_the_same_held_out_files_each_time(whole_run):
+    losses = log_of(whole_run.folder, "val_loss")
     zeros = log_of(whole_run.folder, "zero_loss")  # the loss of predicting 0 on the same views
-    assert len(looks) == len(zeros) == 10
-    assert all(0.5 < loss < 1.5 for loss in looks)
+    assert len(losses) == len(zeros) == 10
+    assert all(0.5 < loss < 1.5 for loss in losses)
     assert all(0.97 < loss < 1 for loss in zeros)  # variance 1, divided by n - 1, of n = 128 values
     assert len(set(zeros[0::2])) == len(set(zeros[1::2])) == 1
     assert {"val images", "val videos"} < set(log_of(whole_run.folder, "label"))
@@ -2046,7 +2052,7 @@ def test_a_run_says_how_many_files_it_holds_out(run_script, capsys):
     assert re.search(r"held out\D*\b16 images", capsys.readouterr().out)
 
 
-def test_without_held_out_files_a_run_looks_at_those_it_trains_on(pretrain):
+def test_without_held_out_files_a_run_validates_on_those_it_trains_on(pretrain):
     assert set(log_of(pretrain(), "label")) == {"images", "train images"}
 
 
@@ -2066,8 +2072,8 @@ def test_unreadable_held_out_files_do_not_end_a_run(pretrain, few, tmp_path, cap
     few.rename(tmp_path / "set/train")
     run = pretrain("--images", tmp_path / "set")
     assert len(log_of(run, "loss")) == 1
-    assert log_of(run, "look_loss") == []
-    assert "no look at images" in capsys.readouterr().err
+    assert log_of(run, "val_loss") == []
+    assert "no validation on images" in capsys.readouterr().err
 
 
 def test_a_checkpoint_keeps_the_runs_options_of_its_model(pretrain):
@@ -2076,9 +2082,9 @@ def test_a_checkpoint_keeps_the_runs_options_of_its_model(pretrain):
     assert cfg == replace(TINY, image_mask_ratio=0.5, video_mask_ratio=0.75, clip_seconds=1.5)
 
 
-def test_a_mask_ratio_that_masks_all_is_an_error(pretrain):
-    with pytest.raises(UserError, match="ratio 1.0"):
-        pretrain("--image-mask-ratio", 1)
+def test_a_mask_ratio_that_masks_no_patch_is_an_error(pretrain):
+    with pytest.raises(UserError, match="ratio 0.05"):  # of 16 patches
+        pretrain("--image-mask-ratio", 0.05)
 
 
 def test_init_starts_from_a_checkpoints_weights(pretrain, tiny, tmp_path):
@@ -2091,7 +2097,9 @@ def test_init_starts_from_a_checkpoints_weights(pretrain, tiny, tmp_path):
 def test_init_keeps_its_clip_seconds_unless_others_are_given(given, kept, tmp_path):
     model = OmniMAE(replace(TINY, clip_seconds=1.5, video_mask_ratio=0.5))
     start = save_model(model, tmp_path / "start.pt")
-    loaded = train.load_init(start, TINY, given)
+    args = train.parse_args(["--model", "tiny", "--init", str(start)])
+    args.clip_seconds = given
+    loaded = train.load_init(args)
     assert loaded.cfg == replace(TINY, clip_seconds=kept)  # with the run's mask ratio
 
 
@@ -2099,12 +2107,12 @@ def test_init_keeps_its_clip_seconds_unless_others_are_given(given, kept, tmp_pa
 def test_init_of_another_size_or_a_classifier_is_an_error(model, tmp_path):
     start = save_model(model, tmp_path / "start.pt")
     with pytest.raises(UserError, match="start.pt"):
-        train.load_init(start, TINY, None)
+        train.load_init(train.parse_args(["--model", "tiny", "--init", str(start)]))
 
 
 @pytest.fixture(scope="module")
 def timed_run(data, tmp_path_factory) -> Namespace:
-    """30 steps of 61 seconds. A look takes 20 seconds. Saves and looks are recorded."""
+    """30 steps of 61 seconds. Validation takes 20 seconds. Both and the saves are recorded."""
     run = Namespace(seconds=0, steps=0, events=[])
     run.folder = tmp_path_factory.mktemp("timed") / "run"
     step = torch.optim.AdamW.step
@@ -2115,9 +2123,9 @@ def timed_run(data, tmp_path_factory) -> Namespace:
         run.steps += 1
         return step(self)
 
-    def slow_look(*args):
+    def slow_validation(*args):
         run.seconds += 20
-        run.events.append(("look", run.steps))
+        run.events.append(("validation", run.steps))
 
     def recorded_replace(*args):
         run.events.append(("save", run.steps))
@@ -2127,18 +2135,18 @@ def timed_run(data, tmp_path_factory) -> Namespace:
     options += " --epochs 5 --log-every 7 --save-minutes 2 --device cpu --workers 0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", slow_step)
-        patch.setattr(train, "look", slow_look)
+        patch.setattr(train, "validate", slow_validation)
         patch.setattr(os, "replace", recorded_replace)
         patch.setattr(time, "monotonic", lambda: run.seconds)
         train.main(train.parse_args(options.split()))
     return run
 
 
-def test_a_run_saves_after_some_minutes_and_before_each_of_ten_looks(timed_run):
+def test_a_run_saves_after_some_minutes_and_before_each_of_ten_validations(timed_run):
     expected = []
     for step in range(3, 31, 3):
-        # Two steps take more than the two minutes. A look comes after a save.
-        expected += [("save", step - 1), ("save", step), ("look", step)]
+        # Two steps take more than the two minutes. Validation comes after a save.
+        expected += [("save", step - 1), ("save", step), ("validation", step)]
     assert timed_run.events == expected
 
 
@@ -2372,6 +2380,12 @@ def end_of(script, *options) -> str | int:
     with pytest.raises(SystemExit) as end:
         train.run_script(script.main, lambda: script.parse_args(argv))
     return end.value.code
+
+
+def test_a_file_name_that_is_no_text_is_printed(capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    train.run_script(lambda args: print(name), lambda: None)
+    assert "caf" in capsys.readouterr().out
 
 
 SLURM = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
@@ -2695,6 +2709,14 @@ def test_the_loss_is_of_mixed_labels_smoothed(recipe_run):
         assert loss.options == {"label_smoothing": 0.1}
 
 
+def test_without_weight_decay_adamw_has_the_same_groups():
+    sizes = []
+    for weight_decay in (0.05, 0.0):  # so that a run can be resumed with another value
+        groups = finetune.parameter_groups(Classifier(TINY, 3), 0.5, weight_decay)
+        sizes.append([len(group["params"]) for group in groups])
+    assert sizes[0] == sizes[1]
+
+
 def test_layer_decay_and_weight_decay_follow_from_a_parameters_name():
     model = Classifier(TINY, 3)
     found = {}
@@ -3015,6 +3037,7 @@ def test_with_a_validation_split_nothing_else_is_held_out(tmp_path):
         ("train/a/1.png train/b/1.png val/a/1.png val/new/1.png", "val", "new"),
         ("lonely/1.png lonely/2.png", "train", "only one class"),
         ("1.png 2.png", "train", "labels"),
+        ("train/a/1.png train/b/1.png test/1.png", "val", "test: images without labels"),
     ],
 )
 def test_files_that_cannot_be_used_are_an_error_that_says_why(names, split, word, tmp_path):
@@ -3169,6 +3192,22 @@ def test_a_folder_is_evaluated_on_every_tenth_file_or_on_all(
     shown = capsys.readouterr().out
     for word in words.split(","):
         assert word in shown
+
+
+def test_other_files_than_those_that_finetuning_held_out_are_warned_of(
+    run_script, tmp_path, capsys
+):
+    root = touch_numbered(tmp_path / "data", a=21, b=13)
+    recipe = {"validation": train.fingerprint_of_files(list_labelled(root, "val").paths, root)}
+    model = Classifier(TINY, 2)
+    checkpoint = save_model(model, tmp_path / "model.pt", classes=["a", "b"], recipe=recipe)
+    options = ["--checkpoint", checkpoint, "--images", root]
+    run_script(evaluation, *options)
+    assert "warning" not in capsys.readouterr().out
+
+    (root / "a" / "00.png").rename(root / "a" / "99.png")  # now every later file moves up
+    run_script(evaluation, *options)
+    assert "warning" in capsys.readouterr().out
 
 
 def test_all_is_refused_where_there_is_a_validation_split(run_script, tmp_path):
@@ -3407,7 +3446,7 @@ def start(*command) -> subprocess.Popen:
 
 
 def options_of_run(small: Path, out: Path) -> list[str]:
-    """Six steps of the demo model, each of 4 micro-batches. Each is saved: ten looks are due."""
+    """Six steps of the demo model, each of 4 micro-batches. Each is saved: validation is due."""
     options = "--model demo --epochs 3 --batch-size 16 --micro-batch 4"
     options += f" --images {small}/images --videos {small}/videos"
     options += f" --out {out} --device cpu --workers 1"

@@ -3,9 +3,9 @@
     torchrun train.py --model demo                                   minutes on a laptop's CPU
     torchrun --nproc_per_node=8 train.py --model vit_b --images /data/in1k --videos /data/ssv2
 
-Read from the top: the recipe, `main` with the training loop, then what `main` calls: first what a
-step takes (steps, views) and does, then the model and how a batch is cut for it, the run's folder,
-the processes, and the files of a data set. Last come the options and the demo data set.
+Read from the top: the recipe, `main` with the training loop, then what `main` calls: the steps and
+their views, validation, the model and the size of its micro-batches, the run's folder, the
+processes, and the files of a data set. Last come the options and the demo data set.
 
 A view's random numbers depend only on (seed, epoch, file, view), the order of files only on (seed,
 epoch). So a step's files, crops and masks do not depend on the number of processes, workers or
@@ -30,6 +30,7 @@ import signal
 import sys
 import textwrap
 import time
+import uuid
 from collections import Counter, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ FIRST_LEARNING_RATE = 1e-6
 WARMUP = 0.05  # fraction of the steps in which the learning rate grows, linearly; then a cosine
 BETAS = (0.9, 0.95)  # AdamW's
 WEIGHT_DECAY = 0.05  # on matrices only, not on biases and LayerNorms
-VIDEO_VIEWS = 4  # cut from one decoded clip, each with its own crop and mask
+VIDEO_VIEWS = 4  # of one decoded clip, each with its own crop and mask
 IMAGE_CROP = (0.2, 1.0)  # fraction of the area
 VIDEO_CROP = (0.08, 1.0)
 IMAGE_FLIP = 0.5  # probability; videos are never flipped: SSv2's labels name directions
@@ -88,65 +89,60 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks(args.device)  # this process's number, the number of processes, and the device
     out = Path(args.out)
 
-    # The files to train on, by kind, and those that are held out.
+    # The files to train on and, if the data set has a validation split, those held out, by kind.
     roots = {}
-    listings = {}
+    paths = {}
     held_out = {}
     for kind in KINDS:
         if getattr(args, kind):
-            root = data_root(getattr(args, kind), kind, ranks)
-            roots[kind] = root
-            listings[kind] = list_media(root, kind)
-            if validation_split(root, kind):
-                held_out[kind] = list_media(root, kind, "val").paths
-            if ranks.rank == 0:  # counting skipped files reads all folders again
-                ranks.say(describe(listings[kind], kind, root))
-            if kind in held_out:
-                ranks.say(f"held out: {len(held_out[kind]):,} {kind}, only to look at")
-    paths = {kind: listing.paths for kind, listing in listings.items()}
+            roots[kind] = data_root(getattr(args, kind), kind, ranks)
+            listing = list_media(roots[kind], kind)
+            paths[kind] = listing.paths
+            describe(listing, kind, roots[kind], ranks)
+            if validation_split(roots[kind], kind) is not None:
+                held_out[kind] = list_media(roots[kind], kind, "val").paths
+                ranks.say(f"held out for validation: {len(held_out[kind]):,} {kind}")
 
     # The model. Every rank draws the same weights, from the same seed.
-    cfg = config_of(args)
     torch.manual_seed(args.seed)
     if args.init:
-        model = ranks.first_then_others(load_init, args.init, cfg, args.clip_seconds)
-        cfg = model.cfg  # with the file's seconds of a clip and decoder biases
+        model = ranks.first_then_others(load_init, args)
     else:
-        model = omnimae.OmniMAE(cfg)
+        model = omnimae.OmniMAE(config_of(args))
+    cfg = model.cfg
     parallel = prepare(model, args, ranks)  # wrapped in DDP if there are several ranks
-    autocast, scaler = precision(args.dtype, ranks.device, cfg)  # autocast: entered in each step
+    autocast, scaler = precision(args.dtype, ranks.device, cfg)
     matrices = [x for x in model.parameters() if x.ndim > 1]  # the mask token among them
     vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorms
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
-    # The steps. Each takes a batch of one kind, of which each rank trains on its share. `Cut`, next
-    # to `Steps`, says how a share is cut into micro-batches for the device, and into pieces for the
-    # loader's workers.
+    # The steps. Each takes a batch of one kind, of which each rank trains on its share. A share is
+    # cut into micro-batches for the device, and these into pieces for the loader's workers.
     num_files = {kind: len(paths[kind]) for kind in paths}
     num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of one file
     cuts = cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
     steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
 
-    # Continue from last.pt, if there is one. The recipe identifies the run. It is made before
-    # `resume` replaces the weights that the run starts from, because it has their fingerprint.
+    # Continue from last.pt, if there is one of the same recipe. (The recipe contains a fingerprint
+    # of the weights that a run starts from, so it is made before `resume` replaces them.)
     recipe = recipe_of(args, model, paths, roots)
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     resumed = resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
 
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    at_once = describe_cuts(cuts, num_views)
-    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, at once {at_once}")
+    sizes = describe_cuts(cuts, num_views)
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
     ranks.say(f"log, pictures, and last.pt every {args.save_minutes:g} minutes: {out}/")
     dataset = Views(cfg, paths, args.seed)
     pieces = steps.pieces(first_step, cuts, ranks)
     read_ahead = 2 * max(cut.pieces_per_micro_batch for cut in cuts.values())
     loader = iter(make_loader(dataset, args, ranks, pieces, read_ahead))
 
-    # Ten times a run, look at held-out files or, if there are none, at training files.
-    look_dataset = Views(cfg, paths | held_out, args.seed, centre_crop=True)
-    look_every = math.ceil(steps.total / 10)
+    # Ten times a run, validate: on held-out files or, if there are none, on training files.
+    val_dataset = Views(cfg, paths | held_out, args.seed, centre_crop=True)
+    validate_every = math.ceil(steps.total / 10)
     saved_at = time.monotonic()
 
     # The loader goes through the same steps in the same order: its next pieces are this step's.
@@ -165,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
             with log.waiting():
                 pixels, visible = join_pieces(loader, cut.pieces_per_micro_batch, ranks.device)
             x = omnimae.normalize(pixels)
-            parallel.require_backward_grad_sync = i == cut.micro_batches - 1  # only DDP has it
+            parallel.require_backward_grad_sync = i == cut.micro_batches - 1  # only DDP uses it
             with autocast:
                 loss, _, _ = parallel(x, visible)
             scaler.scale(loss / cut.micro_batches).backward()
@@ -183,26 +179,23 @@ def main(args: argparse.Namespace) -> None:
         if done == 1 or done % args.log_every == 0 or is_last:
             log.report(done, kind, mean_loss, lr, scaler)
 
-        # Rank 0 alone decides when to save. It saves before it looks: if looking crashes, no step
-        # is lost. Meanwhile the others wait in their next step.
+        # Rank 0 alone decides when to save. It saves before it validates, so that a crash there
+        # costs no step. Meanwhile the others wait in their next step.
         if ranks.rank == 0:
-            look_now = done % look_every == 0 or is_last
+            validate_now = done % validate_every == 0 or is_last
             minutes = (time.monotonic() - saved_at) / 60
-            if look_now or minutes > args.save_minutes:
+            if validate_now or minutes > args.save_minutes:
                 save(out / "last.pt", done, recipe, states)
                 saved_at = time.monotonic()
-            if look_now:
-                look(model, look_dataset, held_out, out, done, log, autocast)
-                log.begin_interval(done)  # looking does not count in views/s
+            if validate_now:
+                validate(model, val_dataset, held_out, out, done, log, autocast)
+                log.begin_interval(done)  # validation does not count in views/s
 
     ranks.close()
     ranks.say(f"done: {out}/last.pt; reconstructions in {out}/pictures/. Next:")
     for kind in paths:
-        if listings[kind].labels:
-            options = ["--checkpoint", f"{out}/last.pt", f"--{kind}", getattr(args, kind)]
-            ranks.say(f"torchrun finetune.py {shlex.join(options)}")
-        else:
-            ranks.say(f"to finetune on {kind}, put them into a folder for each class")
+        options = ["--checkpoint", f"{out}/last.pt", f"--{kind}", getattr(args, kind)]
+        ranks.say(f"torchrun finetune.py {shlex.join(options)}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -271,7 +264,7 @@ class Steps:
 
 
 class Views(Dataset):
-    """Views of files, each with a random mask: random crops, or centre crops for `look`."""
+    """Views of files, each with a random mask: random crops, or centre crops for `validate`."""
 
     def __init__(self, cfg: omnimae.OmniMAEConfig, paths: dict, seed: int, centre_crop=False):
         self.cfg = cfg
@@ -295,7 +288,7 @@ class Views(Dataset):
         unreadable file, and reads a random one instead. UserError after twenty."""
         kind, epoch, index, _ = sample
         for attempt in range(20):
-            # The fifth number is 0 for the choice of file and clip, and 1 + view for a view.
+            # The 0 is for the choice of file and clip; a view has 1 + its number there.
             seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
             if attempt > 0:
                 index = int(torch.randint(len(self.paths[kind]), ()))
@@ -368,7 +361,7 @@ def join_pieces(loader: Iterator, num: int, device: torch.device) -> list[Tensor
 
 
 # ------------------------------------------------------------------------------------------------
-# The learning rate, and a look at held-out files
+# The learning rate, and validation
 
 
 def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=WARMUP) -> float:
@@ -380,40 +373,36 @@ def learning_rate(step: int, total: int, peak: float, end=0.0, warmup=WARMUP) ->
     return end + (peak - end) * 0.5 * (1 + cosine)
 
 
-@torch.compiler.set_stance("force_eager")  # a few odd shapes are not worth compiling for
+@torch.compiler.set_stance("force_eager")  # batches of other sizes are not worth compiling for
 @torch.no_grad()
-def look(model: omnimae.OmniMAE, dataset: Views, held_out, out: Path, step, log: Log, autocast):
-    """Logs the loss of 32 files of each kind, relative to that of predicting zero, and draws the
-    first. Unreadable files are reported, and do not end the run."""
-    device = log.ranks.device
+def validate(model: omnimae.OmniMAE, dataset: Views, held_out, out: Path, step, log: Log, autocast):
+    """Logs the loss of up to 32 files of each kind, also as a fraction of the loss of predicting
+    zero, and draws the first file. Files that cannot be read do not end the run."""
     for kind, paths in dataset.paths.items():
         indices = np.linspace(0, len(paths) - 1, min(32, len(paths))).astype(int).tolist()
-        losses = []
-        zero_losses = []
         try:
-            for index in indices:
-                pixels, visible = dataset[Sample(kind, 0, index, 1)]  # always the same view
-                x = omnimae.normalize(pixels.to(device))
-                with autocast:
-                    loss, _, mask = model(x, visible.to(device))
-                    if index == 0:
-                        picture = omnimae.draw_reconstruction(model, x[0], mask[0])
-                patches, _ = omnimae.to_patches(x, model.cfg)  # (1, N, P)
-                masked = omnimae.to_pixels(patches[mask][None])  # (1, M, P)
-                target, _, _ = omnimae.normalize_patches(masked)
-                losses.append(loss.item())
-                zero_losses.append(target.square().mean().item())
+            views = [dataset[Sample(kind, 0, index, 1)] for index in indices]  # always the same
+            pixels, visible = [torch.cat(tensors).to(log.ranks.device) for tensors in zip(*views)]
+            x = omnimae.normalize(pixels)
+            with autocast:
+                loss, _, mask = model(x, visible)
+                picture = omnimae.draw_reconstruction(model, x[0], mask[0])
             (out / "pictures").mkdir(exist_ok=True)
             picture.save(out / "pictures" / f"{kind}_{step:06d}.png")
         except (UserError, OSError) as error:
-            print(f"no look at {kind}: {error}", file=sys.stderr, flush=True)
+            print(f"no validation on {kind}: {error}", file=sys.stderr, flush=True)
             continue
 
-        loss = np.mean(losses)
-        zero = np.mean(zero_losses)
-        name = f"{'val' if kind in held_out else 'train'} {kind}"
-        text = f"{name}  loss {loss:.3f}, {loss / zero:.2f} of predicting zero"
-        log.say(text, step, label=name, look_loss=loss, zero_loss=zero)
+        patches, _ = omnimae.to_patches(x, model.cfg)  # (B, N, P)
+        masked = omnimae.to_pixels(patches[mask][None])  # (1, B M, P)
+        target, _, _ = omnimae.normalize_patches(masked)
+        val_loss = loss.item()
+        zero_loss = target.square().mean().item()
+
+        label = f"{'val' if kind in held_out else 'train'} {kind}"
+        ratio = f"{val_loss / zero_loss:.2f} times that of predicting zero"
+        text = f"{label}  loss {val_loss:.3f}, {ratio}"
+        log.say(text, step, label=label, val_loss=val_loss, zero_loss=zero_loss)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -428,18 +417,17 @@ def config_of(args: argparse.Namespace) -> omnimae.OmniMAEConfig:
     return replace(omnimae.MODELS[args.model], **given)
 
 
-def load_init(name: str, cfg: omnimae.OmniMAEConfig, clip_seconds: float | None) -> omnimae.OmniMAE:
-    """The model to start from, with the run's mask ratios. It keeps its seconds of a clip, unless
+def load_init(args: argparse.Namespace) -> omnimae.OmniMAE:
+    """The model of --init, with the run's mask ratios. It keeps its seconds of a clip, unless
     others are given. UserError for a model of another size, or one without a decoder."""
-    model = omnimae.load_checkpoint(name).train()
-    cfg = replace(
-        cfg,
-        clip_seconds=clip_seconds or model.cfg.clip_seconds,
-        decoder_qkv_bias=model.cfg.decoder_qkv_bias,
-    )
-    given = {option: getattr(cfg, option) for option in MODEL_OPTIONS}
-    if not isinstance(model, omnimae.OmniMAE) or replace(model.cfg, **given) != cfg:
-        raise UserError(f"{name}: expected a pretraining checkpoint of the size of --model")
+    model = omnimae.load_checkpoint(args.init).train()
+    cfg = replace(config_of(args), decoder_qkv_bias=model.cfg.decoder_qkv_bias)
+    if args.clip_seconds is None:
+        cfg = replace(cfg, clip_seconds=model.cfg.clip_seconds)
+
+    options = {name: getattr(cfg, name) for name in MODEL_OPTIONS}  # these may differ
+    if not isinstance(model, omnimae.OmniMAE) or replace(model.cfg, **options) != cfg:
+        raise UserError(f"{args.init}: expected a pretraining checkpoint of the size of --model")
     model.cfg = cfg
     return model
 
@@ -501,21 +489,24 @@ def cut_batch(
         if args.micro_batch:
             files = args.micro_batch // views
         else:
-            files = max(1, limit // views)
-            while share % files:
-                files -= 1
+            at_most = max(1, limit // views)
+            files = max(num for num in range(1, at_most + 1) if share % num == 0)
 
         # Workers take turns, so one with much to read would hold up the others: 32 images or one
         # video take about 70 ms. The demo's files are so small that handing them over counts more.
-        piece_files = math.gcd(32, files) if kind == "images" else 1
+        files_per_piece = math.gcd(32, files) if kind == "images" else 1
         if is_small(cfg):
-            piece_files = files
-        cuts[kind] = Cut(share // files, files // piece_files, piece_files)
+            files_per_piece = files
+        cuts[kind] = Cut(
+            micro_batches=share // files,
+            pieces_per_micro_batch=files // files_per_piece,
+            files_per_piece=files_per_piece,
+        )
     return cuts
 
 
 def describe_cuts(cuts: dict[str, Cut], num_views: dict[str, int]) -> str:
-    """Says how many views a micro-batch has. Those of a video are clips."""
+    """Says how many views a micro-batch has. (Views of a video are clips.)"""
     nouns = {"images": "images", "videos": "clips"}
     parts = []
     for kind, cut in cuts.items():
@@ -591,7 +582,8 @@ def resume(
     out.mkdir(parents=True, exist_ok=True)
     file = omnimae.read_checkpoint(path) if path.exists() else {}
 
-    # All ranks must have the same start. (Two machines may have different files under one name.)
+    # All ranks must have the same step and recipe: then each sum is a rank's own number times the
+    # number of ranks. (Two machines may have different files under one name.)
     step = file.get("step", 0)
     number = int(fingerprint(repr(recipe).encode()), 16)
     if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
@@ -610,20 +602,15 @@ def resume(
         )
 
     if changed and step >= total_steps:
-        raise UserError(
-            f"{path} is at step {step}, beyond the end of this run (steps: {total_steps})"
-        )
+        raise UserError(f"{path} is at step {step}, and this run would end at step {total_steps}")
 
     # An optimizer's state also holds the old options (weight decay, betas): the new ones stay.
     optimizer = states["optimizer"]
     new_options = [dict(group) for group in optimizer.param_groups]
-    try:
-        states["model"].load_state_dict(file["model"])
-        optimizer.load_state_dict(file["optimizer"])
-        if file["scaler"]:  # empty where the scaler was off
-            states["scaler"].load_state_dict(file["scaler"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this run: {omnimae.one_line(error)}") from error
+    with omnimae.naming_errors(path, "does not fit this run"):
+        for name, state in states.items():
+            if file[name]:  # empty: that of a scaler that was off
+                state.load_state_dict(file[name])
     for group, options in zip(optimizer.param_groups, new_options):
         group.update({name: value for name, value in options.items() if name != "params"})
 
@@ -829,6 +816,9 @@ def check_launch() -> None:
 
 Listing = namedtuple("Listing", ["paths", "labels", "classes"])  # labels, classes: may be None
 
+# What the folder of a validation split may be called, the first that there is.
+SPLIT_NAMES = ["val", "valid", "validation", "test"]
+
 # What Pillow and FFmpeg read, as the end of a file name.
 SUFFIXES = {
     "images": tuple(
@@ -868,8 +858,22 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
     if split == "val":
         return list_folder(root / held_out, kind)
     if (root / "train").is_dir():
-        return list_folder(root / "train", kind)
+        listing = list_folder(root / "train", kind)
+        if listing.labels is None:
+            check_train_is_no_class(root, kind)
+        return listing
     return list_folder(root, kind, held_out)
+
+
+def check_train_is_no_class(root: Path, kind: str) -> None:
+    """UserError if train/ seems to be one class folder among others: a train on rails."""
+    for name in sorted(os.listdir(root)):
+        is_split = name in ("train", *SPLIT_NAMES)
+        if not is_split and (root / name).is_dir() and media_in(root / name, kind):
+            raise UserError(
+                f"{root}: both train/ and {name}/ have {kind} in them: if train is a class, give "
+                f"its folder another name, or put all class folders into {root}/train"
+            )
 
 
 def validation_split(root: str | os.PathLike, kind: str) -> str | None:
@@ -878,9 +882,7 @@ def validation_split(root: str | os.PathLike, kind: str) -> str | None:
     root = Path(root)
     if is_ssv2(root, kind):
         return "validation"
-    names = ["val"]
-    if (root / "train").is_dir():
-        names += ["valid", "validation", "test"]
+    names = SPLIT_NAMES if (root / "train").is_dir() else ["val"]
     return next((name for name in names if (root / name).is_dir()), None)
 
 
@@ -931,7 +933,7 @@ def list_folder(folder: Path, kind: str, held_out: str | None = None) -> Listing
     if flat and len(empty) == len(classes):
         return Listing(flat, None, None)
     if flat or empty or not classes:
-        skipped = count_skipped([folder, *(folder / name for name in empty)], kind)
+        skipped = count_skipped([str(folder), *(str(folder / name) for name in classes)], kind)
         raise UserError(
             f"{folder}: expected {kind} in it, or in every one of its class folders; found "
             f"{len(flat)} in it, and none in these folders: {', '.join(empty[:5]) or '-'}{skipped}"
@@ -946,22 +948,29 @@ def media_in(folder: Path, kind: str) -> list[str]:
     return [os.path.join(folder, name) for name in names if name.lower().endswith(SUFFIXES[kind])]
 
 
-def count_skipped(folders: list, kind: str) -> str:
-    """Says how many files in some folders are skipped, because their suffix is not of a kind."""
-    suffixes = Counter()
+def count_skipped(folders: list[str], kind: str) -> str:
+    """Says what is skipped in some folders: files whose suffix is not of a kind, and sub-folders
+    that are not among `folders` themselves."""
+    skipped = Counter()
     for folder in folders:
         for entry in os.scandir(folder):
             suffix = os.path.splitext(entry.name)[1].lower()
-            if suffix not in SUFFIXES[kind] and not entry.name.startswith(".") and entry.is_file():
-                suffixes[suffix or "no suffix"] += 1
-    if not suffixes:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir() and suffix not in SUFFIXES[kind]:
+                skipped[suffix or "no suffix"] += 1
+            if entry.is_dir() and entry.path not in folders and entry.name not in SPLIT_NAMES:
+                skipped["folders"] += 1
+    if not skipped:
         return ""
-    common = ", ".join(f"{suffix} {num:,}" for suffix, num in suffixes.most_common(5))
-    return f"; {suffixes.total():,} other files are skipped ({common})"
+    common = ", ".join(f"{what} {num:,}" for what, num in skipped.most_common(5))
+    return f"; {skipped.total():,} skipped ({common})"
 
 
-def describe(listing: Listing, kind: str, root: str) -> str:
+def describe(listing: Listing, kind: str, root: str, ranks: Ranks) -> None:
     """Says how many files of which classes were found in a folder, and how many were skipped."""
+    if ranks.rank > 0:  # counting skipped files reads all folders again
+        return
     text = f"{root}: {len(listing.paths):,} {kind}"
     if listing.classes:
         num = np.bincount(listing.labels, minlength=len(listing.classes))
@@ -969,8 +978,8 @@ def describe(listing: Listing, kind: str, root: str) -> str:
         most = num.max()
         text += f" of {len(num):,} classes, {listing.classes[0]!r} to {listing.classes[-1]!r}, "
         text += f"{fewest:,} each" if fewest == most else f"{fewest:,} to {most:,} each"
-    text += count_skipped({os.path.dirname(path) for path in listing.paths}, kind)
-    return wrap(text)
+    text += count_skipped(sorted({os.path.dirname(path) for path in listing.paths}), kind)
+    ranks.say(wrap(text))
 
 
 def wrap(text: str) -> str:
@@ -997,8 +1006,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive_int, help=f"in views ({BATCH_SIZE}; demo {DEMO_BATCH_SIZE})")
     add("--lr", type=positive_float, help="peak (default: in proportion to the batch)")
     add("--video-views", type=positive_int, default=VIDEO_VIEWS, help="of a video (%(default)s)")
-    add("--image-mask-ratio", type=positive_float, help="default: 0.90; demo model 0.75")
-    add("--video-mask-ratio", type=positive_float, help="default: 0.95; demo model 0.90")
+    add("--image-mask-ratio", type=fraction, help="default: 0.90; demo model 0.75")
+    add("--video-mask-ratio", type=fraction, help="default: 0.95; demo model 0.90")
     add_shared_options(parser)
     add_training_options(parser)
     args = parser.parse_args(argv)
@@ -1037,7 +1046,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_workers() -> int:
-    """A process's CPU cores, less one for itself; at most 16, which feed a GPU that does not
+    """A process's CPU cores, less one for itself; at most 16, which are enough for a GPU without
     --compile (README, Speed)."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -1067,7 +1076,7 @@ def positive_float(text: str) -> float:
 
 def float_from_zero(text: str) -> float:
     if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or a number above it")
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
     return float(text)
 
 
@@ -1088,6 +1097,7 @@ def run_script(main, parse_args) -> None:
     traceback."""
     args = parse_args()
     script = sys.argv[0]
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no valid text
     try:
         main(args)
     except KeyboardInterrupt:
@@ -1121,8 +1131,9 @@ def sentence_about(error: Exception, args: argparse.Namespace) -> str | None:
         return last_line.removeprefix("omnimae.UserError: ")
     is_memory = isinstance(error, MemoryError | RuntimeError)
     if is_memory and any(x in message for x in ("MemoryError", "out of memory", "allocate memory")):
-        smaller = "a smaller --micro-batch" if hasattr(args, "micro_batch") else "fewer --workers"
-        return f"out of memory: try {smaller}"
+        if hasattr(args, "micro_batch"):
+            return "out of memory: try a smaller --micro-batch"
+        return "out of memory: try smaller videos, or fewer --workers"
     return None
 
 
@@ -1188,7 +1199,7 @@ def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=3
     print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
     shapes = list(SHAPES)
     motions = list(MOTIONS)
-    work = Path(f"{root}.{os.getpid()}.partial")
+    work = Path(f"{root}.{uuid.uuid4().hex[:8]}.partial")
     clips = work / "videos" / "20bn-something-something-v2"
     labels = work / "videos" / "labels"
     clips.mkdir(parents=True)
