@@ -112,8 +112,10 @@ def main(args: argparse.Namespace) -> None:
     cfg = model.cfg
     parallel = prepare(model, args, ranks)  # wrapped in DDP if there are several ranks
     autocast, scaler = precision(args.dtype, ranks.device, cfg)
-    matrices = [x for x in model.parameters() if x.ndim > 1]  # the mask token among them
-    vectors = [x for x in model.parameters() if x.ndim == 1]  # biases and LayerNorms
+
+    # The optimizer. Only matrices decay, the mask token among them, not biases and LayerNorms.
+    matrices = [x for x in model.parameters() if x.ndim > 1]
+    vectors = [x for x in model.parameters() if x.ndim == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -131,6 +133,7 @@ def main(args: argparse.Namespace) -> None:
     resumed = resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
 
+    # The log, and the loader, whose workers read ahead.
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     sizes = describe_cuts(cuts, num_views)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
@@ -1046,8 +1049,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_workers() -> int:
-    """A process's CPU cores, less one for itself; at most 16, which are enough for a GPU without
-    --compile (README, Speed)."""
+    """A process's CPU cores, less one for itself; at most 16. (README, Speed, says how many a GPU
+    needs.)"""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:  # macOS
