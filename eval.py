@@ -14,10 +14,10 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,11 +44,12 @@ def main(args: argparse.Namespace) -> None:
     autocast, _ = train.precision(args.dtype, ranks.device, model.cfg)
 
     if args.files and ranks.world > 1:
-        raise UserError(f"files are done by one process, got {ranks.world}: start it with python")
+        raise UserError(f"files need one process, not {ranks.world}: run python eval.py")
     is_pretrained = isinstance(model, omnimae.OmniMAE)
     if is_pretrained and (args.labels or not args.files):
         raise UserError(
-            f"{args.checkpoint} is a pretraining checkpoint, which only reconstructs: give it files"
+            f"{args.checkpoint} is a pretraining checkpoint, which only reconstructs files: it has "
+            "no labels, and no accuracy"
         )
     if not is_pretrained and args.mask_ratio is not None:
         raise UserError(f"{args.checkpoint} has no decoder: --mask-ratio is for reconstructions")
@@ -77,10 +78,10 @@ def evaluate(model: omnimae.Classifier, args, ranks: train.Ranks, autocast) -> N
     train.describe(listing, kind, root, ranks)
     if not args.all:
         describe_split(root, kind, len(listing.paths), ranks)
-        # Without val/, other files are held out once some have been added or renamed.
+        # Without val/, adding or renaming files changes which ones are held out.
         recipe = omnimae.read_checkpoint(args.checkpoint).get("recipe", {})
-        files = train.fingerprint_of_files(listing.paths, root)
-        changed = recipe.get("validation", files) != files
+        held_out_now = train.fingerprint_of_files(listing.paths, root)
+        changed = recipe.get("validation", held_out_now) != held_out_now
         if changed and train.validation_split(root, kind) is None:
             ranks.say("warning: finetuning held out other files, and may have seen some of these")
     is_wnid = [bool(re.fullmatch(r"n\d{8}", name)) for name in listing.classes]
@@ -103,8 +104,8 @@ def accuracy(
     for pixels, labels, num_files in loader:
         if pixels is not None:
             logits = predict(model, pixels.to(ranks.device), num_crops, autocast)
-            best = logits.topk(min(5, logits.shape[1])).indices.cpu()  # (B, 5)
-            hits = best == torch.tensor(labels)[:, None]
+            top5 = logits.topk(min(5, logits.shape[1])).indices.cpu()  # (B, 5)
+            hits = top5 == torch.tensor(labels)[:, None]
             hits1 += hits[:, 0].sum().item()
             hits5 += hits.any(1).sum().item()
             readable += len(labels)
@@ -126,7 +127,7 @@ def predict(model: omnimae.Classifier, pixels: Tensor, num_crops: int, autocast)
 
 
 class Progress:
-    """Shows how far rank 0 is, every tenth of its files and about every 30 seconds."""
+    """Prints how far rank 0 is, at every tenth of its files and about every 30 seconds."""
 
     def __init__(self, num_files: int, ranks: train.Ranks):
         self.num_files = num_files
@@ -143,8 +144,8 @@ class Progress:
         self.shown = now
         self.shown_tenth = tenth
         left = train.time_left((now - self.began) / done * (self.num_files - done))
-        of_rank = f" of process 0 of {self.ranks.world}" if self.ranks.world > 1 else ""
-        files = f"{done:,} of {self.num_files:,} files{of_rank}"
+        rank = "process 0: " if self.ranks.world > 1 else ""
+        files = f"{rank}{done:,} of {self.num_files:,} files"
         self.ranks.say(f"{files}, top-1 so far {top1:.2f}%, {left} left")
 
 
@@ -153,8 +154,8 @@ class Progress:
 
 
 def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ranks: train.Ranks):
-    """Loads pixels and labels of this rank's files, and their number. Unreadable files are named
-    and skipped. One video per batch: its clips are not resized yet and can be large."""
+    """Loads pixels and labels of this rank's files, and the number of files tried. Unreadable files
+    are named and skipped. One video per batch: its clips are not resized yet and can be large."""
 
     def read_batch(batch: list) -> tuple[Tensor | None, list, int]:
         parts = []
@@ -176,8 +177,8 @@ def file_loader(listing: train.Listing, kind: str, cfg, num_clips: int, args, ra
         return pixels, labels, len(batch)
 
     files = list(zip(listing.paths, listing.labels))[ranks.rank :: ranks.world]
-    size = 64 if kind == "images" else 1
-    batches = [range(i, min(i + size, len(files))) for i in range(0, len(files), size)]
+    num = 64 if kind == "images" else 1  # files in a batch
+    batches = [range(i, min(i + num, len(files))) for i in range(0, len(files), num)]
     return train.make_loader(files, args, ranks, batches, read_ahead=1, collate_fn=read_batch)
 
 
@@ -187,7 +188,7 @@ def is_video(path: str) -> bool:
 
 def read_pixels(path: str, cfg: omnimae.OmniMAEConfig, num_clips: int) -> Tensor:
     """Reads an image, uint8 (1, 3, S, S), resized by PIL (bicubic, antialiased), or the clips of a
-    video, uint8 (clips, T, 3, H, W), not resized. One clip is that at the start of the video."""
+    video, uint8 (clips, T, 3, H, W), not resized. A single clip is that at the video's start."""
     if is_video(path):
         starts = [Fraction(i, num_clips) for i in range(num_clips)]
         return omnimae.read_clips(path, starts, cfg.num_frames, cfg.clip_seconds)
@@ -213,9 +214,9 @@ def to_views(pixels: Tensor, size: int, num_crops: int) -> Tensor:
         frames.append(omnimae.normalize(resized))
     frames = torch.cat(frames)  # (clips T, 3, H, W)
 
-    over = max(height, width) - size
-    centre = math.ceil(over / 2)
-    offsets = (0, centre, over) if num_crops == 3 else (centre,)
+    excess = max(height, width) - size
+    centre = math.ceil(excess / 2)
+    offsets = (0, centre, excess) if num_crops == 3 else (centre,)
     long_side = 3 if width >= height else 2
     crops = [frames.narrow(long_side, offset, size) for offset in offsets]
     views = torch.stack(crops).unflatten(1, pixels.shape[:2])  # (crops, clips, T, 3, S, S)
@@ -323,14 +324,16 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
         raise UserError(f"{folder}: {kind} without labels; expected <class>/<file> in it")
 
     if not has_split and split != "all":
-        labels_array = np.array(labels)
-        first = np.searchsorted(labels_array, labels_array)  # of its class: labels are in order
-        nth = np.arange(len(labels)) - first
-        is_alone = np.bincount(labels_array)[labels_array] == 1
-        is_held_out = (nth % HELD_OUT == 0) & ~is_alone
-        chosen = np.flatnonzero(is_held_out == (split == "val")).tolist()
-        paths = [paths[i] for i in chosen]
-        labels = [labels[i] for i in chosen]
+        num_files = Counter(labels)  # of each class
+        num_seen = Counter()
+        chosen = []
+        for path, label in zip(paths, labels):
+            is_held_out = num_seen[label] % HELD_OUT == 0 and num_files[label] > 1
+            num_seen[label] += 1
+            if is_held_out == (split == "val"):
+                chosen.append((path, label))
+        paths = [path for path, _ in chosen]
+        labels = [label for _, label in chosen]
     if not paths:
         raise UserError(f"{root}: no {kind} to hold out: each class has one file only")
 
@@ -348,13 +351,14 @@ def list_labelled(root: str, kind: str, split: str, classes: list | None = None)
 
 
 def describe_split(root: str, kind: str, num_held_out: int, ranks: train.Ranks) -> None:
-    """Says which files are held out, and how many of how many."""
+    """Says which files are held out, and how many."""
     name = train.validation_split(root, kind)
     if name is not None:
-        ranks.say(f"validation files: all {num_held_out:,} of {name}")
+        ranks.say(f"validation files: all {num_held_out:,} of the split '{name}'")
     else:
         num = len(train.list_media(root, kind).paths)
-        ranks.say(f"validation files: every {HELD_OUT}th (no val/): {num_held_out:,} of {num:,}")
+        every = f"every {HELD_OUT}th file of a class (no val/)"
+        ranks.say(f"validation files: {every}: {num_held_out:,} of {num:,}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -366,32 +370,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     usage = "%(prog)s --checkpoint NAME (--images|--videos DIR | FILE ...) [options]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=train.non_empty,
-        required=True,
-        help="released name (vit_b_in1k), URL or path",
-    )
+    add("--checkpoint", type=train.non_empty, required=True, help="released name, URL or path")
     add("--images", type=train.non_empty, help="folder of labelled images, or 'demo'")
     add("--videos", type=train.non_empty, help="folder of labelled videos, or 'demo'")
     add("--all", action="store_true", help="all files of a folder without val/, not every 10th")
     add("files", nargs="*", help="images, videos and folders of them, in any mix")
-    add(
-        "--labels",
-        type=train.non_empty,
-        help="names to print for files: a JSON like SSv2's labels.json",
-    )
-    add(
-        "--mask-ratio",
-        type=train.fraction,
-        help="hidden fraction (default: the checkpoint's)",
-    )
-    add(
-        "--out",
-        type=train.non_empty,
-        default="reconstructions",
-        help="folder for reconstructions (default: reconstructions)",
-    )
+    add("--labels", type=train.non_empty, help="class names, as SSv2's labels.json")
+    add("--mask-ratio", type=train.fraction, help="hidden part (default: the checkpoint's)")
+    add("--out", default="reconstructions", help="folder for pictures (default: %(default)s)")
     train.add_shared_options(parser)
     args = parser.parse_args(argv)
     given = [bool(x) for x in (args.images, args.videos, args.files)]

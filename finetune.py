@@ -24,8 +24,8 @@ import omnimae
 import train
 from eval import accuracy, describe_split, file_loader, list_labelled
 
-# The recipes: the released configurations for ViT-B. `lr` is the peak learning rate for that batch
-# size, and scaled in proportion for others. `augment`: "full", or "crop" for crop and flip only.
+# The recipes: the released configurations for ViT-B. `lr` is the peak learning rate for
+# `batch_size`, in proportion for other sizes. `augment`: "full", or "crop" for crop and flip only.
 RECIPES = {
     "images": {  # ImageNet-1k
         "epochs": 100,
@@ -38,7 +38,7 @@ RECIPES = {
         "augment": "full",
     },
     "videos": {  # SSv2
-        "epochs": 40,  # the config says 100, but by its comment 12.5% of them are 5 epochs
+        "epochs": 40,  # the config says 100, but also that 12.5%, the warm-up, are 5 epochs
         "batch_size": 256,
         "lr": 1e-3,
         "warmup": 0.125,
@@ -58,8 +58,8 @@ RECIPES = {
         "augment": "crop",
     },
 }
-# No recipe was released for ViT-L and ViT-H, whose released definitions have drop path 0.1. These
-# values are MAE's for ImageNet, here for videos as well; the others are those of ViT-B.
+# No recipe was released for ViT-L and ViT-H. These values are MAE's for ImageNet, here for videos
+# as well. All others are ViT-B's. (The released definitions of both models have drop path 0.1.)
 LARGER_RECIPES = {
     "vit_l": {"layer_decay": 0.75, "drop_path": 0.2},
     "vit_h": {"layer_decay": 0.75, "drop_path": 0.3},
@@ -71,13 +71,10 @@ LAST_LEARNING_RATE = 1e-6  # the cosine ends here
 LABEL_SMOOTHING = 0.1
 MIXUP_ALPHA = 0.8
 CUTMIX_ALPHA = 1.0
-RAND_AUGMENT = {
-    "images": (2, 9.0),
-    "videos": (4, 7.0),
-}  # number of operations, magnitude from 0 to 10
+RAND_AUGMENT = {"images": (2, 9.0), "videos": (4, 7.0)}  # operations; magnitude from 0 to 10
 ERASE_PROBABILITY = 0.25
 HEAD_STD = {"images": 2e-5, "videos": 0.01}  # of a new head's weights
-MICRO_BATCH = {"images": 32, "videos": 8}  # on a GPU, as released; MixUp stays within one
+MICRO_BATCH = {"images": 32, "videos": 8}  # on a GPU, as released; MixUp mixes within one
 
 # ------------------------------------------------------------------------------------------------
 # Finetuning
@@ -109,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The model. Every rank draws the same weights, from the same seed.
     torch.manual_seed(args.seed)
-    model = build(cfg, kind, start, classes, args.drop_path, args.freeze)
+    model = build(cfg, kind, start, len(classes), args.drop_path, args.freeze)
     parallel = train.prepare(model, args, ranks)
     autocast, scaler = train.precision(args.dtype, ranks.device, cfg)
     groups = parameter_groups(model, args.layer_decay, args.weight_decay)
@@ -127,7 +124,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Continue where last.pt ends, if there is one.
     recipe = {name: getattr(args, name) for name in ("model", "freeze", "seed", *RECIPES[kind])}
-    recipe |= {"clip_seconds": cfg.clip_seconds, "checkpoint": args.checkpoint}
+    recipe["clip_seconds"] = cfg.clip_seconds
+    recipe["checkpoint"] = "scratch"
     if start:
         recipe["checkpoint"] = train.fingerprint_of_start(args.checkpoint, start)
     recipe[kind] = train.fingerprint_of_files(listing.paths, root)
@@ -137,11 +135,13 @@ def main(args: argparse.Namespace) -> None:
     resumed = train.resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
     best = resumed.get("best", -1.0)  # top-1 on the held-out files, in %
+    if resumed and resumed["recipe"]["validation"] != recipe["validation"]:
+        best = -1.0  # the old one is of other files
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     sizes = train.describe_cuts(cuts, num_views)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
-    ranks.say(f"best.pt, log, and last.pt every {args.save_minutes:g} minutes: {out}/")
+    ranks.say(f"best.pt, log, and last.pt (every {args.save_minutes:g} minutes and epoch): {out}/")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     pieces = steps.pieces(first_step, cuts, ranks)
     read_ahead = 2 * cut.pieces_per_micro_batch
@@ -149,8 +149,8 @@ def main(args: argparse.Namespace) -> None:
     val_loader = file_loader(validation, kind, cfg, 1, args, ranks)  # one clip and crop, for speed
     saved_at = time.monotonic()
 
-    # If last.pt was saved at an epoch's end, this epoch has no step left, but perhaps it was not
-    # validated: it is repeated without steps.
+    # At an epoch's end, last.pt is saved before validation. A run that resumes there repeats this
+    # epoch without steps, to validate it.
     first_epoch = max(0, first_step - 1) // steps.per_epoch
     for epoch in range(first_epoch, args.epochs):
         model.train()
@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
                 train.save(out / "last.pt", done, recipe, states, classes=classes, best=best)
                 saved_at = time.monotonic()
 
-        # Validate on one view of each held-out file (eval.py averages all the views).
+        # Validate on one view of each held-out file. (Of a video, eval.py averages 15.)
         top1, top5, unreadable = accuracy(model, val_loader, 1, ranks, autocast)
         result = {"top1": top1, "top5": top5, "unreadable": unreadable}
         log.say(f"validation: top-1 {top1:.2f}%, top-5 {top5:.2f}%", end, epoch=epoch, **result)
@@ -215,15 +215,15 @@ def main(args: argparse.Namespace) -> None:
 
 def fill_in(args: argparse.Namespace, kind: str) -> None:
     """Sets options not given, and `warmup`, from the recipe for this kind and size."""
-    recipe = RECIPES[kind] | LARGER_RECIPES.get(args.model, {})
+    defaults = RECIPES[kind] | LARGER_RECIPES.get(args.model, {})
     if kind == "images" and args.model in LARGER_RECIPES:
-        recipe["epochs"] = LARGER_IMAGE_EPOCHS
+        defaults["epochs"] = LARGER_IMAGE_EPOCHS
     if "demo" in (args.model, args.images, args.videos):
-        recipe = dict(RECIPES["demo"])
+        defaults = dict(RECIPES["demo"])
     if args.freeze:  # no drop path when the encoder is frozen
-        recipe["drop_path"] = 0.0
-    recipe["lr"] *= (args.batch_size or recipe["batch_size"]) / recipe["batch_size"]
-    for name, value in recipe.items():
+        defaults["drop_path"] = 0.0
+    defaults["lr"] *= (args.batch_size or defaults["batch_size"]) / defaults["batch_size"]
+    for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
 
@@ -233,16 +233,15 @@ def fill_in(args: argparse.Namespace, kind: str) -> None:
 
 
 def build(
-    cfg: omnimae.OmniMAEConfig, kind: str, start, classes: list[str], drop_path: float, freeze: bool
+    cfg: omnimae.OmniMAEConfig, kind: str, start, num_classes: int, drop_path: float, freeze: bool
 ) -> omnimae.Classifier:
     """A classifier with a new head, on the encoder of `start`, or from scratch if that is None."""
-    model = omnimae.Classifier(cfg, len(classes), drop_path)
-    model.classes = classes
+    model = omnimae.Classifier(cfg, num_classes, drop_path)
     init_head = nn.init.trunc_normal_ if kind == "images" else nn.init.normal_
     init_head(model.head.weight, std=HEAD_STD[kind])
     if start:
         model.encoder.load_state_dict(start.encoder.state_dict())
-    if isinstance(start, omnimae.Classifier):  # an OmniMAE's norm comes before pooling
+    if isinstance(start, omnimae.Classifier):  # not an OmniMAE's norm: it comes before pooling
         model.norm.load_state_dict(start.norm.state_dict())
     model.encoder.requires_grad_(not freeze)
     return model
@@ -289,21 +288,21 @@ class Labelled(train.Views):
         mode = v2.InterpolationMode.BICUBIC if kind == "images" else v2.InterpolationMode.BILINEAR
         crop = v2.RandomResizedCrop(cfg.image_size, area, interpolation=mode)
         flip = v2.RandomHorizontalFlip(0.5 if kind == "images" else 0.0)  # directions matter
-        self.crop = v2.Compose([crop, flip])
+        self.crops = {kind: v2.Compose([crop, flip])}
         self.erasing = v2.RandomErasing()
 
     def __getitem__(self, sample: train.Sample) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 (1, 3, H, W) or (1, 3, T, H, W), the label (1), and the box (1, 4): top, left,
         height, width. The first dimension is that of views, as in `Views`."""
         media, index = self.read(sample)  # `read` seeds what follows
-        pixels = self.crop(media)
+        pixels = self.crops[sample.kind](media)
         box = torch.zeros(4, dtype=torch.int64)
         if self.augment == "full":
             pixels = rand_augment(pixels, *RAND_AUGMENT[sample.kind])
             if torch.rand(()) < ERASE_PROBABILITY:  # a box of 2 to 33% of the area
                 drawn = self.erasing.make_params([pixels])
                 if drawn["v"] is not None:  # None: no box of these proportions fitted
-                    box = torch.tensor([drawn[side] for side in "ijhw"])
+                    box = torch.tensor([drawn[name] for name in ("i", "j", "h", "w")])
         return pixels.movedim(-3, 0)[None], self.labels[index][None], box[None]
 
 
@@ -340,29 +339,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     usage = "torchrun %(prog)s --checkpoint NAME --images|--videos DIR [options]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=train.non_empty,
-        required=True,
-        help="released name, URL, path, or 'scratch'",
-    )
+    add("--checkpoint", type=train.non_empty, required=True, help="name, URL, path or 'scratch'")
     add("--model", choices=list(omnimae.MODELS), help="size, only for --checkpoint scratch")
-    add(
-        "--images",
-        type=train.non_empty,
-        help="labelled images, or 'demo': the recipe for ImageNet-1k",
-    )
-    add("--videos", type=train.non_empty, help="labelled videos, or 'demo': the recipe for SSv2")
-    add(
-        "--out",
-        type=train.non_empty,
-        help="folder of the run (default: runs/CHECKPOINT_images or _videos)",
-    )
-    add("--epochs", type=train.positive_int, help="the defaults from here: see RECIPES")
+    add("--images", type=train.non_empty, help="labelled images, or 'demo' (recipe: ImageNet-1k)")
+    add("--videos", type=train.non_empty, help="labelled videos, or 'demo' (recipe: SSv2)")
+    add("--out", type=train.non_empty, help="folder (runs/CHECKPOINT_images or _videos)")
+    add("--epochs", type=train.positive_int, help="default of this and the next: see RECIPES")
     add("--batch-size", type=train.positive_int, help="over all processes")
     add("--lr", type=train.positive_float, help="peak (default: in proportion to the batch size)")
     add("--weight-decay", type=train.float_from_zero, help="not on biases and LayerNorms")
-    add("--layer-decay", type=train.positive_float, help="factor for each layer below the head")
+    add("--layer-decay", type=train.positive_float, help="factor of the rate, for each layer")
     add("--drop-path", type=train.fraction, help="probability in the last block")
     add("--augment", choices=["full", "crop"], help="the full recipe, or only crop and flip")
     add("--freeze", action="store_true", help="train norm and head only")

@@ -2740,8 +2740,7 @@ def test_layer_decay_and_weight_decay_follow_from_a_parameters_name():
 
 
 def build(kind: str, start) -> Classifier:
-    classes = [str(i) for i in range(500)]
-    return finetune.build(TINY, kind, start, classes, drop_path=0.0, freeze=False)
+    return finetune.build(TINY, kind, start, num_classes=500, drop_path=0.0, freeze=False)
 
 
 @pytest.mark.parametrize(("kind", "std"), [("images", 2e-5), ("videos", 0.01)])

@@ -31,12 +31,13 @@ import sys
 import textwrap
 import time
 import uuid
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -54,8 +55,8 @@ from omnimae import UserError, read_classes
 
 # The recipe: the released configuration for ViT-B, except where a line says otherwise. (The mask
 # ratios, and the frames and seconds of a clip, belong to a model: see `OmniMAEConfig`.)
-# An epoch has as many views as there are files: one of each image, four of a random quarter of the
-# videos. What does not fill a batch is left out.
+# An epoch has as many views as there are files: each image once; of the videos a random quarter,
+# four views each. What does not fill a batch is left out.
 EPOCHS = 800  # the released checkpoints took 1600 (paper)
 BATCH_SIZE = 2048  # views in a step, over all processes
 LEARNING_RATE = 1.6e-3  # peak, for 2048 views; in proportion for other batches (this project)
@@ -89,19 +90,8 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks(args.device)  # this process's number, the number of processes, and the device
     out = Path(args.out)
 
-    # The files to train on and, if the data set has a validation split, those held out, by kind.
-    roots = {}
-    paths = {}
-    held_out = {}
-    for kind in KINDS:
-        if getattr(args, kind):
-            roots[kind] = data_root(getattr(args, kind), kind, ranks)
-            listing = list_media(roots[kind], kind)
-            paths[kind] = listing.paths
-            describe(listing, kind, roots[kind], ranks)
-            if validation_split(roots[kind], kind) is not None:
-                held_out[kind] = list_media(roots[kind], kind, "val").paths
-                ranks.say(f"held out for validation: {len(held_out[kind]):,} {kind}")
+    # By kind: the data set's folder, the files to train on, and those held out, if there are any.
+    roots, paths, held_out = find_files(args, ranks)
 
     # The model. Every rank draws the same weights, from the same seed.
     torch.manual_seed(args.seed)
@@ -120,20 +110,21 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
     # The steps. Each takes a batch of one kind, of which each rank trains on its share. A share is
-    # cut into micro-batches for the device, and these into pieces for the loader's workers.
+    # cut into micro-batches for the device, and these into pieces for the loader's workers: see
+    # `Cut`, below.
     num_files = {kind: len(paths[kind]) for kind in paths}
     num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of one file
     cuts = cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
     steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
 
-    # Continue from last.pt, if there is one of the same recipe. (The recipe contains a fingerprint
-    # of the weights that a run starts from, so it is made before `resume` replaces them.)
+    # Continue from last.pt, if there is one of the same recipe. (With --init, the recipe contains a
+    # fingerprint of the model's weights, so it is made before `resume` replaces them.)
     recipe = recipe_of(args, model, paths, roots)
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     resumed = resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
 
-    # The log, and the loader, whose workers read ahead.
+    # The log, and the loader. Its workers read at least two micro-batches ahead.
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     sizes = describe_cuts(cuts, num_views)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
@@ -143,12 +134,13 @@ def main(args: argparse.Namespace) -> None:
     read_ahead = 2 * max(cut.pieces_per_micro_batch for cut in cuts.values())
     loader = iter(make_loader(dataset, args, ranks, pieces, read_ahead))
 
-    # Ten times a run, validate: on held-out files or, if there are none, on training files.
+    # About ten times a run, validate: on held-out files or, if there are none, on training files.
     val_dataset = Views(cfg, paths | held_out, args.seed, centre_crop=True)
     validate_every = math.ceil(steps.total / 10)
     saved_at = time.monotonic()
 
-    # The loader goes through the same steps in the same order: its next pieces are this step's.
+    # The loader goes through the same steps in the same order: its next pieces are this step's. So
+    # a step must not be skipped: all later ones would get the data of the one before.
     for step in range(first_step, steps.total):
         kind = steps.at(step).kind
         cut = cuts[kind]
@@ -164,7 +156,8 @@ def main(args: argparse.Namespace) -> None:
             with log.waiting():
                 pixels, visible = join_pieces(loader, cut.pieces_per_micro_batch, ranks.device)
             x = omnimae.normalize(pixels)
-            parallel.require_backward_grad_sync = i == cut.micro_batches - 1  # only DDP uses it
+            is_last_micro_batch = i == cut.micro_batches - 1
+            parallel.require_backward_grad_sync = is_last_micro_batch  # as DDP.no_sync()
             with autocast:
                 loss, _, _ = parallel(x, visible)
             scaler.scale(loss / cut.micro_batches).backward()
@@ -177,13 +170,13 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
 
         # The log. All ranks take part: the loss is averaged over them.
-        done = step + 1  # steps completed
+        done = step + 1  # steps completed: the "step" of the log, of pictures and of last.pt
         is_last = done == steps.total
         if done == 1 or done % args.log_every == 0 or is_last:
             log.report(done, kind, mean_loss, lr, scaler)
 
-        # Rank 0 alone decides when to save. It saves before it validates, so that a crash there
-        # costs no step. Meanwhile the others wait in their next step.
+        # Rank 0 alone decides when to save. It saves before it validates, so that a crash in
+        # validation costs no step. Meanwhile the other ranks wait in their next step, for DDP.
         if ranks.rank == 0:
             validate_now = done % validate_every == 0 or is_last
             minutes = (time.monotonic() - saved_at) / 60
@@ -204,17 +197,35 @@ def main(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------
 # The steps: which kind and which files, when
 
-Step = namedtuple("Step", ["kind", "epoch", "files"])  # files: their indices, for all ranks
-Sample = namedtuple("Sample", ["kind", "epoch", "index", "views"])  # of one file; views: how many
 
-# A rank's share of a step is cut into micro-batches, of as many views as its device holds, and a
-# micro-batch into pieces, which the loader's workers read. Pieces take workers about equally long,
-# so no worker holds up the others. With ViT-B on 8 GPUs and a batch of 2048 views:
-#
-#               a share                  a micro-batch            a piece
-#     images    256 files, 256 views     256 files, 256 views     32 files, 32 views
-#     videos    64 files, 256 views      16 files, 64 views       1 file, 4 views
-Cut = namedtuple("Cut", ["micro_batches", "pieces_per_micro_batch", "files_per_piece"])
+class Step(NamedTuple):
+    kind: str
+    epoch: int
+    files: np.ndarray  # indices of the batch's files, for all ranks
+
+
+class Sample(NamedTuple):
+    """What a worker reads: one file."""
+
+    kind: str
+    epoch: int
+    index: int  # of the file
+    views: int  # how many to crop from it
+
+
+class Cut(NamedTuple):
+    """How a rank's share of a step is cut into micro-batches, of as many views as its device holds,
+    and a micro-batch into pieces, which the loader's workers read. Pieces take workers about
+    equally long, so no worker holds up the others. With ViT-B on 8 GPUs and batches of 2048 views:
+
+                  a share                  a micro-batch            a piece
+        images    256 files, 256 views     256 files, 256 views     32 files, 32 views
+        videos    64 files, 256 views      16 files, 64 views       1 file, 4 views
+    """
+
+    micro_batches: int  # in a share
+    pieces_per_micro_batch: int
+    files_per_piece: int
 
 
 class Steps:
@@ -234,24 +245,23 @@ class Steps:
         self.total = epochs * self.per_epoch
 
     @functools.lru_cache(maxsize=2)  # the loader is a few steps ahead of the loop
-    def of_epoch(self, epoch: int) -> list[tuple[str, np.ndarray]]:
-        """The kind and the files' indices of each step of an epoch. Files and steps are shuffled:
-        kinds take turns in random order, the same on every rank."""
+    def of_epoch(self, epoch: int) -> list[Step]:
+        """The steps of an epoch. Files and steps are shuffled: kinds take turns in random order,
+        the same on every rank."""
         steps = []
         for kind, num in self.num_files.items():
             rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
-            files = rng.permutation(num)
+            shuffled = rng.permutation(num)
             size = self.batch_size // self.num_views[kind]  # files in a step
             for i in range(self.in_epoch[kind]):
-                steps.append((kind, files[i * size : (i + 1) * size]))
+                steps.append(Step(kind, epoch, shuffled[i * size : (i + 1) * size]))
         rng = np.random.default_rng((self.seed, epoch, 0))
         return [steps[i] for i in rng.permutation(len(steps))]
 
     def at(self, step: int) -> Step:
         """What a step takes."""
         epoch, i = divmod(step, self.per_epoch)
-        kind, files = self.of_epoch(epoch)[i]
-        return Step(kind, epoch, files)
+        return self.of_epoch(epoch)[i]
 
     def pieces(self, first_step: int, cuts: dict[str, Cut], ranks: Ranks) -> Iterator[list[Sample]]:
         """What this rank's loader reads, a piece at a time: the rank's share of each step."""
@@ -289,10 +299,11 @@ class Views(Dataset):
     def read(self, sample: Sample) -> tuple[Tensor, int]:
         """A file's pixels, uint8 (3, H, W) or (T, 3, H, W), and its index (for a label). Names an
         unreadable file, and reads a random one instead. UserError after twenty."""
-        kind, epoch, index, _ = sample
+        kind, epoch, wanted, _ = sample
         for attempt in range(20):
-            # The 0 is for the choice of file and clip; a view has 1 + its number there.
-            seed_all(self.seed, epoch, sample.index, KINDS.index(kind), 0, attempt)
+            # The fifth number is 0 for the choice of file and clip, and 1 + view for a view.
+            seed_all(self.seed, epoch, wanted, KINDS.index(kind), 0, attempt)
+            index = wanted
             if attempt > 0:
                 index = int(torch.randint(len(self.paths[kind]), ()))
             path = os.fsdecode(self.paths[kind][index])
@@ -315,7 +326,8 @@ class Views(Dataset):
         for view in range(sample.views):
             seed_all(self.seed, sample.epoch, sample.index, KINDS.index(sample.kind), 1 + view)
             pixels.append(self.crops[sample.kind](media).movedim(-3, 0))  # (3, [T,] H, W)
-            visible.append(omnimae.visible_indices(omnimae.random_mask(1, N, ratio))[0])
+            mask = omnimae.random_mask(1, N, ratio)  # (1, N)
+            visible.append(omnimae.visible_indices(mask)[0])  # (V,)
         return torch.stack(pixels), torch.stack(visible)
 
 
@@ -421,7 +433,7 @@ def config_of(args: argparse.Namespace) -> omnimae.OmniMAEConfig:
 
 
 def load_init(args: argparse.Namespace) -> omnimae.OmniMAE:
-    """The model of --init, with the run's mask ratios. It keeps its seconds of a clip, unless
+    """The model of --init, with the run's mask ratios. It keeps its own `clip_seconds`, unless
     others are given. UserError for a model of another size, or one without a decoder."""
     model = omnimae.load_checkpoint(args.init).train()
     cfg = replace(config_of(args), decoder_qkv_bias=model.cfg.decoder_qkv_bias)
@@ -543,8 +555,8 @@ def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, worl
 
 
 def recipe_of(args: argparse.Namespace, model: omnimae.OmniMAE, paths: dict, roots: dict) -> dict:
-    """All that a resumed run must have in common with the one in its folder: the options that
-    matter, the files, and (before training changes it) the model that it starts from."""
+    """What a resumed run must have in common with the one in its folder: the options that matter,
+    the files, and the model that it starts from. (The constants at the top are not compared.)"""
     recipe = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
     recipe |= {name: getattr(model.cfg, name) for name in MODEL_OPTIONS}
     recipe |= {"video_views": args.video_views, "init": fingerprint_of_start(args.init, model)}
@@ -562,8 +574,8 @@ def fingerprint_of_start(name: str | None, model: nn.Module) -> str | None:
 
 def fingerprint_of_files(paths: list[str], root: str) -> str:
     """Tells data sets apart by the names of their files."""
-    root = str(Path(root))  # as the paths begin: without a slash at the end
-    names = "\n".join(os.fspath(path).removeprefix(root) for path in paths)
+    prefix = os.path.join(Path(root), "")
+    names = "\n".join(os.fspath(path).removeprefix(prefix) for path in paths)
     return f"{len(paths)} files ({fingerprint(os.fsencode(names))})"
 
 
@@ -575,8 +587,8 @@ def fingerprint(content: bytes) -> str:
 def resume(
     out: Path, recipe: dict, states: dict, total_steps: int, anyway: bool, ranks: Ranks
 ) -> dict:
-    """Continues from the folder's last.pt, if there is one. Returns its "step" and, in finetuning,
-    its "best" accuracy; {} for a new run.
+    """Continues from the folder's last.pt, if there is one. Returns its "step" and "recipe" and, in
+    finetuning, its "best" accuracy; {} for a new run.
 
     `states` are the model, the optimizer and the scaler, which take over what the file holds.
     UserError if the run in the folder had another recipe, unless `anyway`, or has no step left.
@@ -585,8 +597,8 @@ def resume(
     out.mkdir(parents=True, exist_ok=True)
     file = omnimae.read_checkpoint(path) if path.exists() else {}
 
-    # All ranks must have the same step and recipe: then each sum is a rank's own number times the
-    # number of ranks. (Two machines may have different files under one name.)
+    # If all ranks have the same step and recipe, a sum over them is a rank's own number times their
+    # number. (Two machines may have different files under one name.)
     step = file.get("step", 0)
     number = int(fingerprint(repr(recipe).encode()), 16)
     if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
@@ -618,7 +630,7 @@ def resume(
         group.update({name: value for name, value in options.items() if name != "params"})
 
     ranks.say(f"resuming {out} after step {step}" + (f" with {changes}" if changed else ""))
-    return {name: file[name] for name in ("step", "best") if name in file}
+    return {name: file[name] for name in ("step", "recipe", "best") if name in file}
 
 
 def save(path: Path, step: int, recipe: dict, states: dict, **more) -> None:
@@ -708,7 +720,7 @@ class Log:
         seconds = now - self.interval_began
         views_per_second = (step - self.interval_step) * self.batch_size / seconds
         wait = self.waited / seconds
-        # Looks and saves are included in the pace.
+        # Validation and saves are included in the pace.
         seconds_a_step = (now - self.began) / (step - self.first_step)
         left = time_left(seconds_a_step * (self.total_steps - step))
         self.say(
@@ -745,8 +757,8 @@ class Ranks:
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
-                    f"no GPU for process {self.local_rank}: this machine has "
-                    f"{torch.cuda.device_count()}. Start one process a GPU, or give --device cpu"
+                    f"no GPU for process {self.local_rank}, this machine has "
+                    f"{torch.cuda.device_count()}: start one for each GPU, or give --device cpu"
                 )
             torch.cuda.set_device(self.local_rank)
         # What `sum` sums, made once and kept: gloo's thread needs the GIL to free a tensor. If it
@@ -817,7 +829,14 @@ def check_launch() -> None:
 # ------------------------------------------------------------------------------------------------
 # The files of a data set, as people download it
 
-Listing = namedtuple("Listing", ["paths", "labels", "classes"])  # labels, classes: may be None
+
+class Listing(NamedTuple):
+    """Files, sorted by class. In a flat folder they have no labels and no classes."""
+
+    paths: list[str]
+    labels: list[int] | None
+    classes: list[str] | None
+
 
 # What the folder of a validation split may be called, the first that there is.
 SPLIT_NAMES = ["val", "valid", "validation", "test"]
@@ -833,6 +852,26 @@ SUFFIXES = {
         ".ogm .ogv .qt .ts .vob .webm .wmv".split()
     ),
 }
+
+
+def find_files(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict, dict]:
+    """By kind: the folder of the data set, its training files and, if it has a validation split,
+    the files of that. Says what was found."""
+    roots = {}
+    paths = {}
+    held_out = {}
+    for kind in KINDS:
+        name = getattr(args, kind)
+        if not name:
+            continue
+        roots[kind] = data_root(name, kind, ranks)
+        listing = list_media(roots[kind], kind)
+        paths[kind] = listing.paths
+        describe(listing, kind, roots[kind], ranks)
+        if validation_split(roots[kind], kind) is not None:
+            held_out[kind] = list_media(roots[kind], kind, "val").paths
+            ranks.say(f"held out for validation: {len(held_out[kind]):,} {kind}")
+    return roots, paths, held_out
 
 
 def data_root(name: str, kind: str, ranks: Ranks) -> str:
@@ -853,19 +892,19 @@ def list_media(root: str | os.PathLike, kind: str, split: str = "train") -> List
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a folder of {kind}")
-    held_out = validation_split(root, kind)
-    if split == "val" and held_out is None:
+    val_split = validation_split(root, kind)
+    if split == "val" and val_split is None:
         raise UserError(f"{root}: no validation split; expected a folder val/ in it")
     if is_ssv2(root, kind):
-        return list_ssv2(root, "train" if split == "train" else held_out)
+        return list_ssv2(root, "train" if split == "train" else val_split)
     if split == "val":
-        return list_folder(root / held_out, kind)
+        return list_folder(root / val_split, kind)
     if (root / "train").is_dir():
         listing = list_folder(root / "train", kind)
         if listing.labels is None:
             check_train_is_no_class(root, kind)
         return listing
-    return list_folder(root, kind, held_out)
+    return list_folder(root, kind, val_split)
 
 
 def check_train_is_no_class(root: Path, kind: str) -> None:
@@ -924,12 +963,12 @@ def list_ssv2(root: Path, split: str) -> Listing:
     return Listing(paths, labels, classes)
 
 
-def list_folder(folder: Path, kind: str, held_out: str | None = None) -> Listing:
-    """The files in a flat folder, or in its class folders, except the one that is held out."""
+def list_folder(folder: Path, kind: str, val_split: str | None = None) -> Listing:
+    """The files in a flat folder, or in its class folders, `val_split` not among them."""
     flat = media_in(folder, kind)
     classes = {}
     for name in sorted(os.listdir(folder)):
-        if (folder / name).is_dir() and not name.startswith(".") and name != held_out:
+        if (folder / name).is_dir() and not name.startswith(".") and name != val_split:
             classes[name] = media_in(folder / name, kind)
 
     empty = [name for name, paths in classes.items() if not paths]
@@ -1196,7 +1235,8 @@ def draw_shape(rng, shape: str, num_frames=1, motion=(0, 0, 0, 0), angle=0.0) ->
 
 def write_demo_data(root, images=3200, videos=1600, val_images=400, val_videos=320) -> None:
     """Writes the demo data set to a new folder: the same files every time, complete or not at all.
-    JPEGs in ImageNet's layout, a class a shape; VP9 .webm in SSv2's layout, a class a motion."""
+    JPEGs in ImageNet's layout, whose classes are shapes; VP9 .webm in SSv2's, whose classes are
+    motions."""
     if Path(root).exists():
         return
     print(f"writing the demo data set to {root}/, once, in under a minute", flush=True)
