@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     resumed = train.resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
     best = resumed.get("best", -1.0)  # top-1 on the held-out files, in %
-    if resumed and resumed["recipe"]["validation"] != recipe["validation"]:
+    if resumed.get("recipe", recipe).get("validation") != recipe["validation"]:
         best = -1.0  # the old one is of other files
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)

@@ -1330,10 +1330,14 @@ def test_files_of_the_less_common_formats_are_listed(kind, suffixes, tmp_path):
     assert len(train.list_media(root, kind).paths) == len(suffixes.split())
 
 
-def test_a_folder_with_a_slash_at_its_end_is_the_same_data_set(tmp_path):
-    paths = train.list_media(touch(tmp_path, "a.jpg"), "images").paths
-    one = train.fingerprint_of_files(paths, f"{tmp_path}")
-    assert train.fingerprint_of_files(paths, f"{tmp_path}/") == one
+def test_a_folder_is_the_same_data_set_however_it_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    fingerprints = set()
+    for root in (f"{tmp_path}", f"{tmp_path}/", ".", "./"):
+        paths = train.list_media(root, "images").paths
+        fingerprints.add(train.fingerprint_of_files(paths, root))
+    assert len(fingerprints) == 1
 
 
 def test_a_description_counts_files_classes_and_skipped_files(tmp_path, capsys):
@@ -2971,6 +2975,21 @@ def test_a_finetuning_does_not_continue_with_other_validation_files(small, run_s
     shutil.rmtree(next(folder.glob("val/*")))  # a class of one file
     with pytest.raises(UserError, match="validation"):
         run_script(finetune, *options)
+
+
+def test_the_best_accuracy_on_other_validation_files_does_not_count(
+    small, run_script, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(small / "images", tmp_path / "images")
+    options = ["--checkpoint", "scratch", "--model", "tiny", "--images", folder]
+    options += ["--batch-size", 16, "--epochs"]
+    monkeypatch.setattr(finetune, "accuracy", lambda *_: (75.0, 100.0, 0))
+    run_script(finetune, *options, 1)
+
+    shutil.rmtree(next(folder.glob("val/*")))
+    monkeypatch.setattr(finetune, "accuracy", lambda *_: (50.0, 100.0, 0))
+    run = run_script(finetune, *options, 2, "--resume-anyway")
+    assert omnimae.read_checkpoint(run / "best.pt")["best"] == 50
 
 
 def test_a_clips_seconds_are_kept_for_validation_and_evaluation(small, run_script, monkeypatch):
