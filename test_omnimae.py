@@ -2056,6 +2056,15 @@ def test_a_run_says_how_many_files_it_holds_out(run_script, capsys):
     assert re.search(r"held out\D*\b16 images", capsys.readouterr().out)
 
 
+def test_a_run_validates_on_all_held_out_files_if_they_are_few(run_script, data, monkeypatch):
+    read = set()
+    spy_on(monkeypatch, omnimae, "read_image", lambda _, path: read.add(path))
+    run_script(train, "--model", "tiny", "--epochs", 1, "--batch-size", 48, images=True)
+    held_out = train.list_media(data / "images", "images", "val").paths
+    assert len(held_out) == 16
+    assert set(held_out) <= read
+
+
 def test_without_held_out_files_a_run_validates_on_those_it_trains_on(pretrain):
     assert set(log_of(pretrain(), "label")) == {"images", "train images"}
 
@@ -2857,6 +2866,16 @@ def test_the_crop_recipes_loss_is_of_single_labels_in_float32(finetuned, monkeyp
     [(logits, labels)] = calls
     assert logits.dtype == torch.float32
     assert labels.shape == (48,)
+
+
+def test_drop_path_and_mixup_are_seeded_by_step_rank_and_micro_batch(finetuned, monkeypatch):
+    keys = []
+    spy_on(monkeypatch, train, "seed_all", lambda _, *key: keys.append(key))
+    run = finetuned("images", "--micro-batch", 8, "--seed", 3)
+    num_steps = len(log_of(run, "loss"))
+    assert num_steps > 1
+    expected = [(3, step, 0, i) for step in range(num_steps) for i in range(2)]  # rank 0
+    assert [key for key in keys if len(key) == 4] == expected  # those of files are longer
 
 
 def finetune_long(small: Path, out: Path) -> None:
