@@ -465,8 +465,9 @@ def prepare(model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> nn.Modu
 
 def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfig) -> tuple:
     """Autocast and gradient scaler. The default is bfloat16, or float16 on GPUs without it; float32
-    for the demo model, and on CPUs without AVX-512, on which bfloat16 is many times slower."""
-    is_slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    for the demo model, and on CPUs without bfloat16 instructions, on which it is slower."""
+    # A private function, because the public one, torch.cpu.get_capabilities, is too new.
+    is_slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     if dtype is None:
         if is_slow or is_small(cfg):
             dtype = "float32"
