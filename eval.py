@@ -56,10 +56,10 @@ def main(args: argparse.Namespace) -> None:
 
     if not args.files:
         evaluate(model, args, ranks, autocast)
-    elif is_pretrained:
-        reconstruct_files(model, args, ranks.device, autocast)
-    else:
+    elif not is_pretrained:
         classify_files(model, args, ranks.device, autocast)
+    else:
+        reconstruct_files(model, args, ranks.device, autocast)
     ranks.close()
 
 
@@ -100,7 +100,10 @@ def accuracy(
 ) -> tuple[float, float, int]:
     """Top-1 and top-5 in %, over all ranks' files, and how many files were unreadable (wrong)."""
     model.eval()
-    hits1 = hits5 = readable = done = 0
+    hits1 = 0
+    hits5 = 0
+    readable = 0  # files
+    done = 0  # files, also unreadable ones
     for pixels, labels, num_files in loader:
         if pixels is not None:
             logits = predict(model, pixels.to(ranks.device), num_crops, autocast)

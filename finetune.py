@@ -66,6 +66,8 @@ LARGER_RECIPES = {
 }
 LARGER_IMAGE_EPOCHS = 50
 
+CROP = {"full": (0.08, 1.0), "crop": (0.5, 1.0)}  # fraction of the area, by `augment`
+FLIP = {"images": 0.5, "videos": 0.0}  # probability; SSv2's labels name directions
 BETAS = (0.9, 0.999)  # AdamW's
 LAST_LEARNING_RATE = 1e-6  # the cosine ends here
 LABEL_SMOOTHING = 0.1
@@ -117,9 +119,9 @@ def main(args: argparse.Namespace) -> None:
 
     # The steps, as in train.py (see `train.Cut`), with one kind, and one view of each file.
     num_files = {kind: len(listing.paths)}
-    num_views = {kind: 1}
-    cuts = train.cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
-    steps = train.Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
+    views_per_file = {kind: 1}
+    cuts = train.cut_batch(args, num_files, views_per_file, MICRO_BATCH, cfg, ranks)
+    steps = train.Steps(num_files, views_per_file, args.batch_size, args.epochs, args.seed)
     cut = cuts[kind]
 
     # Continue where last.pt ends, if there is one.
@@ -139,9 +141,10 @@ def main(args: argparse.Namespace) -> None:
         best = -1.0  # the old one is of other files
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    sizes = train.describe_cuts(cuts, num_views)
+    sizes = train.describe_cuts(cuts, views_per_file)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
-    ranks.say(f"best.pt, log, and last.pt (every {args.save_minutes:g} minutes and epoch): {out}/")
+    ranks.say(f"log, best.pt and last.pt: {out}/")
+    ranks.say(f"a killed run loses at most {args.save_minutes:g} minutes (--save-minutes)")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)
     pieces = steps.pieces(first_step, cuts, ranks)
     read_ahead = 2 * cut.pieces_per_micro_batch
@@ -182,11 +185,14 @@ def main(args: argparse.Namespace) -> None:
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
                 scaler.scale(loss / cut.micro_batches).backward()
                 mean_loss += loss.detach() / cut.micro_batches
+
+            # The update.
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
-            done = step + 1
+            # The log and last.pt.
+            done = step + 1  # steps completed
             if done == 1 or done % args.log_every == 0 or done == end:
                 log.report(done, f"epoch {epoch}", mean_loss, lr, scaler)
             # Save before validating, so that a crash there costs no step.
@@ -284,10 +290,9 @@ class Labelled(train.Views):
         super().__init__(cfg, {kind: listing.paths}, seed)
         self.labels = torch.tensor(listing.labels)
         self.augment = augment
-        area = (0.08, 1.0) if augment == "full" else (0.5, 1.0)
         mode = v2.InterpolationMode.BICUBIC if kind == "images" else v2.InterpolationMode.BILINEAR
-        crop = v2.RandomResizedCrop(cfg.image_size, area, interpolation=mode)
-        flip = v2.RandomHorizontalFlip(0.5 if kind == "images" else 0.0)  # directions matter
+        crop = v2.RandomResizedCrop(cfg.image_size, CROP[augment], interpolation=mode)
+        flip = v2.RandomHorizontalFlip(FLIP[kind])
         self.crops = {kind: v2.Compose([crop, flip])}
         self.erasing = v2.RandomErasing()
 

@@ -18,12 +18,12 @@ At the right, the function or class that does the step.
       |  linear, + position      the encoder sees nothing else                  Encoder
       |  12 blocks, norm         a plain ViT: no class token, fixed positions   Block, OmniMAE.norm
     tokens      (B, V, D)        D = 768
-      |      mask token (D)      learned, one copy for each masked patch        Decoder
+      |      mask token (D)      learned, one copy for each masked patch        masked_indices
       |           |
-      |  + position, embed       on both paths: positions of width D, then a
-      |           |              linear layer D -> D'
+      |  + position, embed       on both paths: positions of width D, then a    positions_for
+      |           |              linear layer D -> D'                           Decoder
       +-----------+              [visible, masked], in that order
-      |  4 blocks                a small decoder over all N
+      |  4 blocks                a small decoder over all N                     Block
     tokens      (B, N, D')       D' = 384
       |  the last M, norm, linear
     pred        (B, M, P)        the loss is the mean squared error to the      OmniMAE.forward
@@ -39,6 +39,7 @@ import json
 import math
 import os
 import re
+import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -384,6 +385,8 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: OmniMAEConfig):
         super().__init__()
+        if cfg.decoder_depth < 1:
+            raise ValueError("decoder_depth 0: without a block, mask tokens do not see the visible")
         self.cfg = cfg
         self.mask_token = nn.Parameter(torch.zeros(1, cfg.dim))
         # the encoder's table once more, as in the released files
@@ -519,11 +522,16 @@ def one_line(error: Exception) -> str:
 @contextmanager
 def naming_errors(path: str | os.PathLike, what: str = "cannot be read") -> Iterator[None]:
     """Re-raises any error as a UserError of one line that names the file. Broken files make the
-    libraries that read them raise errors of many kinds, so this catches them all."""
+    libraries that read them raise errors of many kinds, so this catches them all. An error that
+    this file itself raised may be a mistake in the code: its line is named."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{path}: {what}: {one_line(error)}") from error
+        reason = one_line(error)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if place.filename == __file__ and not isinstance(error, UserError):
+            reason += f" ({type(error).__name__} in line {place.lineno} of {place.filename})"
+        raise UserError(f"{path}: {what}: {reason}") from error
 
 
 _URL = "https://dl.fbaipublicfiles.com/omnivore/omnimae_ckpts/"
@@ -638,9 +646,9 @@ def load_checkpoint(name: str | os.PathLike) -> OmniMAE | Classifier:
     """Loads an OmniMAE or a Classifier, by what the file holds, in eval mode on the CPU.
 
     `name` is a released checkpoint's name ("vit_b_ssv2"), a URL, or the path of a released file or
-    of this project's. Weights are read from the file only when they are used, so do not write into
-    it as long as the model is (replacing it is fine). UserError for what cannot be found, read or
-    fitted.
+    of this project's. Weights are read from the file only when they are used: while the model is in
+    use, do not overwrite the file in place (replacing it is fine). UserError for what cannot be
+    found, read or fitted.
     """
     file = read_checkpoint(name)
     with naming_errors(name, "not an OmniMAE checkpoint, or of an unknown size"):
@@ -672,7 +680,7 @@ def read_classes(path: str | os.PathLike) -> list[str]:
         index = json.loads(Path(path).read_bytes())  # as bytes: a byte-order mark is recognised
         names = sorted(index, key=lambda name: int(index[name]))
         if [int(index[name]) for name in names] != list(range(len(names))):
-            raise ValueError(f"the indices are not 0 to {len(names) - 1}")
+            raise UserError(f"the indices are not 0 to {len(names) - 1}")
         return names
 
 
@@ -690,7 +698,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
             high_byte = (np.array(image) >> 8).astype(np.uint8)
             return pil_to_tensor(PIL.Image.fromarray(high_byte).convert("RGB"))
         if mode in ("I", "F"):  # integers of 32 bits, or floats: which value is white is undefined
-            raise ValueError(f"pixels of mode {mode}: convert it to 8 or 16 bits per value")
+            raise UserError(f"pixels of mode {mode}: convert it to 8 or 16 bits per value")
         return pil_to_tensor(image if mode == "RGB" else image.convert("RGB"))
 
 
@@ -702,7 +710,7 @@ def _open_video(path: str | os.PathLike) -> Iterator[tuple]:
     with naming_errors(path), av.open(path_in_full, **ignore) as container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & Disposition.attached_pic:
-            raise ValueError("no video stream")
+            raise UserError("no video stream")
         stream.codec_context.thread_count = 1  # the loader's workers already use all cores
         stream.codec_context.options = {"max_pixels": str(2**27)}  # broken files claim any size
         yield container, stream
@@ -782,7 +790,7 @@ def _read_window(container, stream, start: Fraction, duration: Fraction, num_fra
     if not frames:
         still = on_screen or frame
         if still is None:
-            raise ValueError("no frame in it")
+            raise UserError("no frame in it")
         frames = [still]
 
     kept = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).astype(int)]

@@ -383,7 +383,7 @@ def test_all_weights_learn_from_the_loss(tiny):
 
 
 @pytest.mark.parametrize("x", [images(size=48), clips()], ids=["larger image", "clip"])
-def test_features_are_the_normed_tokens_of_all_patches(x, tiny):
+def test_features_are_the_tokens_of_all_patches_after_the_norm(x, tiny):
     patches, grid = to_patches(x, TINY)
     tokens = tiny.encoder(patches, grid)
     same_bits(tiny.features(x), tiny.norm(tokens))
@@ -717,6 +717,11 @@ def test_a_saved_classifier_loads_with_its_sizes_and_classes(classifier, tmp_pat
     model = assert_loads(path, classifier)
     assert model.cfg == TINY
     assert model.classes == list("abcde")
+
+
+def test_a_decoder_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="decoder_depth"):
+        OmniMAE(replace(TINY, decoder_depth=0))
 
 
 def test_a_saved_pretraining_model_loads_with_its_decoder(tiny, tmp_path):
@@ -2168,7 +2173,7 @@ def test_a_run_logs_its_first_step_every_few_and_its_last(timed_run):
     assert steps == [1, 7, 14, 21, 28, 30]
 
 
-def test_a_runs_speed_does_not_count_its_looks(timed_run):
+def test_a_runs_speed_does_not_count_validation(timed_run):
     assert set(log_of(timed_run.folder, "views_per_second")) == {8 / 61}
 
 
@@ -2204,12 +2209,19 @@ def test_a_run_whose_weights_explode_keeps_its_last_finite_checkpoint(pretrain, 
 
 
 def test_a_log_begins_with_the_recipe(whole_run):
-    [recipe] = log_of(whole_run.folder, "recipe")
+    first_line, *_ = (whole_run.folder / "log.jsonl").read_text().splitlines()
+    recipe = json.loads(first_line)["recipe"]
+    assert log_of(whole_run.folder, "recipe") == [recipe]
     values = {"model": "tiny", "epochs": 1, "batch_size": 16, "seed": 3, "video_views": 4}
     values |= {"image_mask_ratio": 0.75, "video_mask_ratio": 0.9, "clip_seconds": 2.7}
     assert values.items() <= recipe.items()
     assert "48 files" in recipe["images"]
     assert "32 files" in recipe["videos"]
+
+
+def test_a_run_prints_its_recipe(pretrain, capsys):
+    pretrain("--lr", 0.00123)
+    assert "lr=0.00123" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_run_again(pretrain, adamw):
@@ -2252,16 +2264,18 @@ def test_a_data_set_may_move(pretrain, few, adamw):
     assert len(adamw) == 1  # the run had ended
 
 
-def test_a_checkpoint_that_was_trained_further_is_refused(pretrain, tiny, tmp_path):
-    start = save_model(tiny, tmp_path / "start.pt")
+@pytest.mark.parametrize("what", ["weights", "step"])
+def test_a_checkpoint_that_was_trained_further_is_refused(what, pretrain, tiny, tmp_path):
+    start = save_model(tiny, tmp_path / "start.pt", step=1)
     pretrain("--init", start)
-    torch.nn.init.normal_(tiny.norm.bias)
-    save_model(tiny, start)
+    if what == "weights":
+        torch.nn.init.normal_(tiny.norm.bias)
+    save_model(tiny, start, step=2 if what == "step" else 1)
     with pytest.raises(UserError, match="init .*start.pt.*start.pt"):
         pretrain("--init", start)
 
 
-def test_resume_anyway_goes_on_with_the_new_values(pretrain, adamw):
+def test_resume_anyway_continues_with_the_new_values(pretrain, adamw):
     pretrain("--lr", 1e-3)
     run = pretrain("--lr", 0.125, "--epochs", 2, "--resume-anyway")
     rates = [groups[0]["lr"] for groups in adamw]
@@ -2393,6 +2407,19 @@ def end_of(script, *options) -> str | int:
     with pytest.raises(SystemExit) as end:
         train.run_script(script.main, lambda: script.parse_args(argv))
     return end.value.code
+
+
+@pytest.mark.parametrize(("cores", "num"), [(1, 1), (4, 3), (200, 16)])
+def test_a_process_has_at_most_16_workers(cores, num, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    assert train.default_workers() == num
+
+
+def test_an_error_of_the_code_while_reading_a_file_names_its_line(monkeypatch, tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(omnimae, "pil_to_tensor", None)  # "'NoneType' object is not callable"
+    with pytest.raises(UserError, match="a.png.*TypeError in line .* of .*omnimae.py"):
+        omnimae.read_image(tmp_path / "a.png")
 
 
 def test_a_file_name_that_is_no_text_is_printed(capsys):
@@ -2650,7 +2677,7 @@ def recipe_run(request, data, tmp_path_factory) -> Namespace:
     return run
 
 
-def test_the_rate_follows_the_schedule_and_each_layer_has_its_share(recipe_run):
+def test_the_rate_follows_the_schedule_scaled_by_layer_decay(recipe_run):
     peak = recipe_run.recipe["lr"] * 4 / recipe_run.recipe["batch_size"]
     warmup = recipe_run.recipe["warmup"]
     layer_decay = recipe_run.recipe["layer_decay"]
@@ -3521,7 +3548,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed, small, tmp_path, unbroken):
     same_bits(resumed["optimizer"], whole["optimizer"])
 
 
-def test_two_processes_go_on_to_the_loss_and_weights_of_one(killed, small, tmp_path, unbroken):
+def test_two_processes_reach_the_loss_and_weights_of_one(killed, small, tmp_path, unbroken):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = start(*torchrun, HERE / "train.py", *options_of_run(small, tmp_path))

@@ -9,8 +9,8 @@ processes, and the files of a data set. Last come the options and the demo data 
 
 A view's random numbers depend only on (seed, epoch, file, view), the order of files only on (seed,
 epoch). So a step's files, crops and masks do not depend on the number of processes, workers or
-micro-batches, nor on a restart. With one or two processes on CPUs, where sums are always rounded
-the same way, a resumed run ends with the same weights, bit for bit, as one never stopped.
+micro-batches, nor on a restart. On CPUs, a resumed run of one or two processes ends with the same
+weights, bit for bit, as one never stopped. (More processes may add up gradients in another order.)
 
 finetune.py and eval.py import from here. Parameters that `main` leaves at their defaults are for
 them.
@@ -75,10 +75,10 @@ DEMO_BATCH_SIZE = 64
 DEMO_LEARNING_RATE = 6e-4  # peak, for 64 views; only of the demo model
 
 # Views that a GPU takes at once, unless --micro-batch says so. ViT-B needs 7 GB for 256 images and
-# 13 GB for 64 clips (H200); larger ones are no faster. On a CPU 64 clips would need 22 GB.
+# 13 GB for 64 clips (H200); larger micro-batches are no faster. On a CPU 64 clips would need 22 GB.
 MICRO_BATCH = {"images": 256, "videos": 64}
 CPU_MICRO_BATCH = 16
-SMALL_MICRO_BATCH = 64  # of the demo model, on any device
+DEMO_MICRO_BATCH = 64  # of the demo model, on any device
 
 KINDS = ("images", "videos")
 
@@ -104,8 +104,8 @@ def main(args: argparse.Namespace) -> None:
     autocast, scaler = precision(args.dtype, ranks.device, cfg)
 
     # The optimizer. Only matrices decay, the mask token among them, not biases and LayerNorms.
-    matrices = [x for x in model.parameters() if x.ndim > 1]
-    vectors = [x for x in model.parameters() if x.ndim == 1]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -113,22 +113,25 @@ def main(args: argparse.Namespace) -> None:
     # cut into micro-batches for the device, and these into pieces for the loader's workers: see
     # `Cut`, below.
     num_files = {kind: len(paths[kind]) for kind in paths}
-    num_views = {kind: args.video_views if kind == "videos" else 1 for kind in paths}  # of one file
-    cuts = cut_batch(args, num_files, num_views, MICRO_BATCH, cfg, ranks)
-    steps = Steps(num_files, num_views, args.batch_size, args.epochs, args.seed)
+    views_per_file = {kind: args.video_views if kind == "videos" else 1 for kind in paths}
+    cuts = cut_batch(args, num_files, views_per_file, MICRO_BATCH, cfg, ranks)
+    steps = Steps(num_files, views_per_file, args.batch_size, args.epochs, args.seed)
 
-    # Continue from last.pt, if there is one of the same recipe. (With --init, the recipe contains a
-    # fingerprint of the model's weights, so it is made before `resume` replaces them.)
+    # Continue from last.pt, if there is one of the same recipe. (The recipe is made before: with
+    # --init, it fingerprints the model's weights, which `resume` replaces.)
     recipe = recipe_of(args, model, paths, roots)
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     resumed = resume(out, recipe, states, steps.total, args.resume_anyway, ranks)
     first_step = resumed.get("step", 0)
 
-    # The log, and the loader. Its workers read at least two micro-batches ahead.
+    # The log prints the recipe, and begins to measure the speed.
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
-    sizes = describe_cuts(cuts, num_views)
+    sizes = describe_cuts(cuts, views_per_file)
     ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
-    ranks.say(f"log, pictures, and last.pt every {args.save_minutes:g} minutes: {out}/")
+    ranks.say(f"log, pictures and last.pt: {out}/")
+    ranks.say(f"a killed run loses at most {args.save_minutes:g} minutes (--save-minutes)")
+
+    # The loader. Its workers read at least two micro-batches ahead.
     dataset = Views(cfg, paths, args.seed)
     pieces = steps.pieces(first_step, cuts, ranks)
     read_ahead = 2 * max(cut.pieces_per_micro_batch for cut in cuts.values())
@@ -157,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
                 pixels, visible = join_pieces(loader, cut.pieces_per_micro_batch, ranks.device)
             x = omnimae.normalize(pixels)
             is_last_micro_batch = i == cut.micro_batches - 1
-            parallel.require_backward_grad_sync = is_last_micro_batch  # as DDP.no_sync()
+            parallel.require_backward_grad_sync = is_last_micro_batch  # ignored without DDP
             with autocast:
                 loss, _, _ = parallel(x, visible)
             scaler.scale(loss / cut.micro_batches).backward()
@@ -175,8 +178,8 @@ def main(args: argparse.Namespace) -> None:
         if done == 1 or done % args.log_every == 0 or is_last:
             log.report(done, kind, mean_loss, lr, scaler)
 
-        # Rank 0 alone decides when to save. It saves before it validates, so that a crash in
-        # validation costs no step. Meanwhile the other ranks wait in their next step, for DDP.
+        # Rank 0 alone decides when to save. Meanwhile the others wait in their next step, for its
+        # gradients. It saves before it validates: a crash in validation costs no step.
         if ranks.rank == 0:
             validate_now = done % validate_every == 0 or is_last
             minutes = (time.monotonic() - saved_at) / 60
@@ -215,8 +218,8 @@ class Sample(NamedTuple):
 
 class Cut(NamedTuple):
     """How a rank's share of a step is cut into micro-batches, of as many views as its device holds,
-    and a micro-batch into pieces, which the loader's workers read. Pieces take workers about
-    equally long, so no worker holds up the others. With ViT-B on 8 GPUs and batches of 2048 views:
+    and a micro-batch into pieces, which the loader's workers read. Each piece takes a worker about
+    the same time, so none holds up the others. With ViT-B on 8 GPUs and batches of 2048 views:
 
                   a share                  a micro-batch            a piece
         images    256 files, 256 views     256 files, 256 views     32 files, 32 views
@@ -233,15 +236,15 @@ class Steps:
     epoch a kind gets as many views as it has files (a quarter of the videos, with 4 views each),
     less what does not fill a batch."""
 
-    def __init__(self, num_files: dict, num_views: dict, batch_size: int, epochs: int, seed: int):
+    def __init__(self, num_files: dict, views_per_file: dict, batch_size: int, epochs: int, seed):
         self.num_files = num_files  # by kind
-        self.num_views = num_views  # of a file, by kind
+        self.views_per_file = views_per_file  # by kind
         self.batch_size = batch_size
         self.seed = seed
         # The batch may be larger than the number of videos, which have several views each. Then an
         # epoch has one step.
-        self.in_epoch = {kind: max(1, num // batch_size) for kind, num in num_files.items()}
-        self.per_epoch = sum(self.in_epoch.values())
+        self.steps_of_kind = {kind: max(1, num // batch_size) for kind, num in num_files.items()}
+        self.per_epoch = sum(self.steps_of_kind.values())
         self.total = epochs * self.per_epoch
 
     @functools.lru_cache(maxsize=2)  # the loader is a few steps ahead of the loop
@@ -252,8 +255,8 @@ class Steps:
         for kind, num in self.num_files.items():
             rng = np.random.default_rng((self.seed, epoch, 1 + KINDS.index(kind)))
             shuffled = rng.permutation(num)
-            size = self.batch_size // self.num_views[kind]  # files in a step
-            for i in range(self.in_epoch[kind]):
+            size = self.batch_size // self.views_per_file[kind]  # files in a step
+            for i in range(self.steps_of_kind[kind]):
                 steps.append(Step(kind, epoch, shuffled[i * size : (i + 1) * size]))
         rng = np.random.default_rng((self.seed, epoch, 0))
         return [steps[i] for i in rng.permutation(len(steps))]
@@ -269,7 +272,7 @@ class Steps:
             kind, epoch, files = self.at(step)
             share = files.reshape(ranks.world, -1)[ranks.rank]  # instead of a DistributedSampler
             for piece in share.reshape(-1, cuts[kind].files_per_piece).tolist():
-                yield [Sample(kind, epoch, index, self.num_views[kind]) for index in piece]
+                yield [Sample(kind, epoch, index, self.views_per_file[kind]) for index in piece]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,7 +304,8 @@ class Views(Dataset):
         unreadable file, and reads a random one instead. UserError after twenty."""
         kind, epoch, wanted, _ = sample
         for attempt in range(20):
-            # The fifth number is 0 for the choice of file and clip, and 1 + view for a view.
+            # The fifth number is 0 for the choice of file and clip, and 1 + view for a view. The
+            # sixth is the attempt.
             seed_all(self.seed, epoch, wanted, KINDS.index(kind), 0, attempt)
             index = wanted
             if attempt > 0:
@@ -415,8 +419,8 @@ def validate(model: omnimae.OmniMAE, dataset: Views, held_out, out: Path, step, 
         zero_loss = target.square().mean().item()
 
         label = f"{'val' if kind in held_out else 'train'} {kind}"
-        ratio = f"{val_loss / zero_loss:.2f} times that of predicting zero"
-        text = f"{label}  loss {val_loss:.3f}, {ratio}"
+        ratio = val_loss / max(zero_loss, 1e-6)  # of flat pictures it is 0
+        text = f"{label}  loss {val_loss:.3f}, {ratio:.2f} times that of predicting zero"
         log.say(text, step, label=label, val_loss=val_loss, zero_loss=zero_loss)
 
 
@@ -469,7 +473,7 @@ def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfi
     # A private function, because the public one, torch.cpu.get_capabilities, is too new.
     is_slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     if dtype is None:
-        if is_slow or is_small(cfg):
+        if is_slow or is_demo_size(cfg):
             dtype = "float32"
         elif device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
             dtype = "float16"
@@ -479,28 +483,28 @@ def precision(dtype: str | None, device: torch.device, cfg: omnimae.OmniMAEConfi
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
 
-def is_small(cfg: omnimae.OmniMAEConfig) -> bool:
+def is_demo_size(cfg: omnimae.OmniMAEConfig) -> bool:
     """Whether a model is of the demo's kind, for laptops."""
     return cfg.dim < 256
 
 
 def cut_batch(
-    args: argparse.Namespace, num_files: dict, num_views: dict, limits: dict, cfg, ranks: Ranks
+    args, num_files: dict, views_per_file: dict, limits: dict, cfg, ranks: Ranks
 ) -> dict[str, Cut]:
     """How a rank's share of a step is cut into micro-batches, and these into pieces, by kind.
 
     A micro-batch has --micro-batch views if given, else the largest divisor of the share up to the
     limit. UserError for a batch that does not divide, or is larger than a data set.
     """
-    check_batch(args, num_files, num_views, ranks.world)
+    check_batch(args, num_files, views_per_file, ranks.world)
     cuts = {}
     for kind in num_files:
         limit = limits[kind]
-        if is_small(cfg):
-            limit = SMALL_MICRO_BATCH
+        if is_demo_size(cfg):
+            limit = DEMO_MICRO_BATCH
         elif ranks.device.type == "cpu":
             limit = min(limit, CPU_MICRO_BATCH)
-        views = num_views[kind]  # of a file
+        views = views_per_file[kind]
         share = args.batch_size // ranks.world // views  # files of a rank in a step
         if args.micro_batch:
             files = args.micro_batch // views
@@ -511,7 +515,7 @@ def cut_batch(
         # Workers take turns, so one with much to read would hold up the others: 32 images or one
         # video take about 70 ms. The demo's files are so small that handing them over counts more.
         files_per_piece = math.gcd(32, files) if kind == "images" else 1
-        if is_small(cfg):
+        if is_demo_size(cfg):
             files_per_piece = files
         cuts[kind] = Cut(
             micro_batches=share // files,
@@ -521,24 +525,24 @@ def cut_batch(
     return cuts
 
 
-def describe_cuts(cuts: dict[str, Cut], num_views: dict[str, int]) -> str:
+def describe_cuts(cuts: dict[str, Cut], views_per_file: dict[str, int]) -> str:
     """Says how many views a micro-batch has. (Views of a video are clips.)"""
     nouns = {"images": "images", "videos": "clips"}
     parts = []
     for kind, cut in cuts.items():
         files = cut.pieces_per_micro_batch * cut.files_per_piece
-        parts.append(f"{files * num_views[kind]} {nouns[kind]}")
+        parts.append(f"{files * views_per_file[kind]} {nouns[kind]}")
     return " or ".join(parts)
 
 
-def check_batch(args: argparse.Namespace, num_files: dict, num_views: dict, world: int) -> None:
+def check_batch(args, num_files: dict, views_per_file: dict, world: int) -> None:
     """UserError for a --batch-size that does not fit, which names the largest one that does."""
     unit = world  # what the batch must be a multiple of
-    for views in num_views.values():
+    for views in views_per_file.values():
         if args.micro_batch and args.micro_batch % views:
             raise UserError(f"--micro-batch {args.micro_batch} must be a multiple of {views} views")
         unit = math.lcm(unit, world * (args.micro_batch or views))
-    at_most = min(num_files[kind] * num_views[kind] for kind in num_files)
+    at_most = min(num_files[kind] * views_per_file[kind] for kind in num_files)
     if args.batch_size % unit == 0 and args.batch_size <= at_most:
         return
 
@@ -592,17 +596,18 @@ def resume(
     finetuning, its "best" accuracy; {} for a new run.
 
     `states` are the model, the optimizer and the scaler, which take over what the file holds.
-    UserError if the run in the folder had another recipe, unless `anyway`, or has no step left.
+    UserError if the run in the folder had another recipe, unless `anyway`; or with it, if no step
+    is left.
     """
     path = out / "last.pt"
     out.mkdir(parents=True, exist_ok=True)
     file = omnimae.read_checkpoint(path) if path.exists() else {}
 
-    # If all ranks have the same step and recipe, a sum over them is a rank's own number times their
-    # number. (Two machines may have different files under one name.)
+    # If all ranks have the same step and recipe, each sum is this rank's value times the number of
+    # ranks. (Two machines may have different files under one name.)
     step = file.get("step", 0)
-    number = int(fingerprint(repr(recipe).encode()), 16)
-    if ranks.sum(step, number) != [step * ranks.world, number * ranks.world]:
+    recipe_hash = int(fingerprint(repr(recipe).encode()), 16)
+    if ranks.sum(step, recipe_hash) != [step * ranks.world, recipe_hash * ranks.world]:
         raise UserError(f"the machines disagree about {path}, the data's files or the recipe")
     if not file:
         return {}
@@ -683,7 +688,7 @@ class Log:
         self.write(first_step, recipe=recipe)
 
     def write(self, step: int, **line) -> None:
-        """Adds a line to log.jsonl. Steps after a resumed run's last save are logged again."""
+        """Adds a line to log.jsonl. After a resume, the steps since the last save appear twice."""
         for name, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[name] = None  # JSON has no NaN
@@ -721,7 +726,7 @@ class Log:
         seconds = now - self.interval_began
         views_per_second = (step - self.interval_step) * self.batch_size / seconds
         wait = self.waited / seconds
-        # Validation and saves are included in the pace.
+        # Unlike views/s, the time left includes validation.
         seconds_a_step = (now - self.began) / (step - self.first_step)
         left = time_left(seconds_a_step * (self.total_steps - step))
         self.say(
@@ -960,7 +965,7 @@ def list_ssv2(root: Path, split: str) -> Listing:
             paths.append(by_id.get(sample["id"], f"{folder}/{sample['id']}.webm"))
             labels.append(index[sample["template"].replace("[", "").replace("]", "")])
         if not paths:
-            raise ValueError("no videos in it")
+            raise UserError("no videos in it")
     return Listing(paths, labels, classes)
 
 
@@ -1027,8 +1032,8 @@ def describe(listing: Listing, kind: str, root: str, ranks: Ranks) -> None:
 
 def wrap(text: str) -> str:
     """Breaks a text into lines of 80 columns, but not the names in it."""
-    names = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, 80, subsequent_indent="  ", **names)
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, 80, subsequent_indent="  ", **options)
 
 
 # ------------------------------------------------------------------------------------------------
