@@ -1284,6 +1284,15 @@ def test_test_is_used_only_where_there_is_no_val(tmp_path):
     assert listing.paths == [f"{tmp_path}/val/a/3.jpg"]
 
 
+@pytest.mark.parametrize("held_out", ["val/a/3.jpg", "val/3.jpg"])
+def test_val_beside_class_folders_is_held_out_and_no_class(held_out, tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/2.jpg", held_out)
+    listing = train.list_media(tmp_path, "images")
+    assert listing.paths == [f"{tmp_path}/a/1.jpg", f"{tmp_path}/b/2.jpg"]
+    assert listing.classes == ["a", "b"]
+    assert train.list_media(tmp_path, "images", "val").paths == [f"{tmp_path}/{held_out}"]
+
+
 def test_without_train_a_folder_called_test_is_a_class(tmp_path):
     touch(tmp_path, "exam/1.jpg", "test/2.jpg", "valid/3.jpg")
     listing = train.list_media(tmp_path, "images")
