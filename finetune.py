@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
 
     log = train.Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     sizes = train.describe_cuts(cuts, views_per_file)
-    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, {sizes} at a time")
     ranks.say(f"log, best.pt and last.pt: {out}/")
     ranks.say(f"a killed run loses at most {args.save_minutes:g} minutes (--save-minutes)")
     dataset = Labelled(cfg, kind, listing, args.seed, args.augment)

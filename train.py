@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     # The log prints the recipe, and begins to measure the speed.
     log = Log(out, recipe, args.batch_size, first_step, steps.total, ranks)
     sizes = describe_cuts(cuts, views_per_file)
-    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, in micro-batches of {sizes}")
+    ranks.say(f"{steps.total:,} steps of {args.batch_size} views, {sizes} at a time")
     ranks.say(f"log, pictures and last.pt: {out}/")
     ranks.say(f"a killed run loses at most {args.save_minutes:g} minutes (--save-minutes)")
 
