@@ -624,6 +624,11 @@ def test_the_heads_of_the_released_trainers_own_files_are_found(model, head):
         ("vit_l", None, 317_803_520, 16),
         ("vit_h", None, 657_655_448, 16),
         ("vit_b", 1000, 87_005_416, 12),
+        ("vit_l", 1000, 304_910_312, 16),
+        ("vit_h", 1000, 632_468_200, 16),
+        ("vit_b", 174, 86_370_222, 12),
+        ("vit_l", 174, 304_063_662, 16),
+        ("vit_h", 174, 631_410_094, 16),
     ],
 )
 def test_a_released_file_loads_with_the_papers_sizes(
