@@ -754,6 +754,14 @@ def time_left(seconds: float) -> str:
 class Ranks:
     """This process among those that torchrun started. Without torchrun there is rank 0 only."""
 
+    # What `sum` sums. gloo's thread lets go of it a little after `all_reduce` has returned. To do
+    # so, it needs the GIL if no reference is left, in new versions of torch also if only Python's
+    # is. If it waits for the GIL while the main thread holds it, and forks or joins gloo's thread
+    # (as DDP does when it is freed), the process hangs. So neither the tensor nor a view of it,
+    # which refers to the tensor from C++, is ever freed.
+    numbers = torch.zeros(4, dtype=torch.float64)
+    view_of_numbers = numbers[:]
+
     def __init__(self, device: str | None):
         check_launch()
         self.rank = int(os.environ.get("RANK", 0))
@@ -767,9 +775,6 @@ class Ranks:
                     f"{torch.cuda.device_count()}: start one for each GPU, or give --device cpu"
                 )
             torch.cuda.set_device(self.local_rank)
-        # What `sum` sums, made once and kept: gloo's thread needs the GIL to free a tensor. If it
-        # waits for the GIL during a fork or at the exit, the process hangs.
-        self.numbers = torch.zeros(4, dtype=torch.float64)
         if self.world > 1:
             join_group(self.rank, self.world, self.device)
 
